@@ -1,0 +1,271 @@
+//! The decoder: one implementation, driven by its configuration, for every Llama-like architecture.
+//!
+//! It runs any range of blocks on a hidden state, so that the trainer can stop at an exit and the voter can look at all
+//! of them; every exit shares the language-model head behind its own norm. Low-rank adapters lie beside the base and
+//! are handed in with each call, so that one base serves several adapters.
+
+mod block;
+mod cache;
+mod load;
+mod rope;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::{Device, Int, Tensor};
+use edgellm_kernels::{cross_entropy_head, packed_embedding, rms_norm};
+
+pub use self::block::{Block, Linear, Weight};
+pub use self::cache::KvCache;
+pub use self::load::{LoadOptions, ResidentStore};
+
+use self::block::BlockContext;
+use self::rope::RopeTable;
+use crate::ModelError;
+use crate::adapter::Adapter;
+use crate::config::ModelConfig;
+use crate::traits::WeightStore;
+
+/// A decoder-only language model on a device.
+#[derive(Clone)]
+pub struct Decoder {
+    config: ModelConfig,
+    embedding: Weight,
+    store: Arc<dyn WeightStore>,
+    final_norm: Tensor<1>,
+    /// `None` where the head is tied to the embedding.
+    head: Option<Linear>,
+    rope: RopeTable,
+    device: Device,
+}
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoder").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Decoder {
+    /// A decoder from its parts.
+    ///
+    /// # Errors
+    /// A part has not the shape that the configuration says.
+    pub fn from_parts(
+        config: ModelConfig,
+        embedding: Weight,
+        store: Arc<dyn WeightStore>,
+        final_norm: Tensor<1>,
+        head: Option<Linear>,
+        device: Device,
+    ) -> Result<Self, ModelError> {
+        let expected = [config.vocab_size, config.hidden_size];
+        for (name, shape) in [("embedding", Some(embedding.shape())), ("head", head.as_ref().map(|h| h.weight.shape()))] {
+            if let Some(shape) = shape.filter(|s| *s != expected) {
+                return Err(ModelError::Value {
+                    what: format!("shape of the {name}"),
+                    expected: format!("{expected:?} (vocab_size, hidden_size)"),
+                    found: format!("{shape:?}"),
+                });
+            }
+        }
+        if store.n_blocks() != config.n_layers {
+            return Err(ModelError::Value {
+                what: "number of blocks".into(),
+                expected: config.n_layers.to_string(),
+                found: store.n_blocks().to_string(),
+            });
+        }
+        let (inv_freq, magnitude) = config.inv_freq();
+        let rope = RopeTable::new(inv_freq, magnitude, device.clone());
+        Ok(Self { config, embedding, store, final_norm, head, rope, device })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The device that the weights are on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Number of blocks.
+    pub fn n_blocks(&self) -> usize {
+        self.config.n_layers
+    }
+
+    /// Where the blocks' weights come from.
+    pub fn store(&self) -> &Arc<dyn WeightStore> {
+        &self.store
+    }
+
+    /// The same decoder with its blocks' weights from elsewhere.
+    #[must_use]
+    pub fn with_store(mut self, store: Arc<dyn WeightStore>) -> Self {
+        self.store = store;
+        self
+    }
+
+    /// The token embedding, `[vocab, d]`.
+    pub fn embedding(&self) -> &Weight {
+        &self.embedding
+    }
+
+    /// The same decoder with another token embedding (and head, where they are tied).
+    #[must_use]
+    pub fn with_embedding(mut self, embedding: Weight) -> Self {
+        self.embedding = embedding;
+        self
+    }
+
+    /// The weight of the final norm, `[d]`.
+    pub fn final_norm(&self) -> &Tensor<1> {
+        &self.final_norm
+    }
+
+    /// The same decoder with another final norm.
+    #[must_use]
+    pub fn with_final_norm(mut self, weight: Tensor<1>) -> Self {
+        self.final_norm = weight;
+        self
+    }
+
+    /// The language-model head, `[vocab, d]`; the embedding where they are tied.
+    pub fn head(&self) -> &Weight {
+        self.head.as_ref().map_or(&self.embedding, |head| &head.weight)
+    }
+
+    /// Whether the head is the embedding.
+    pub fn is_head_tied(&self) -> bool {
+        self.head.is_none()
+    }
+
+    /// An empty key-value cache for this model.
+    pub fn new_cache(&self) -> KvCache {
+        KvCache::new(self.n_blocks())
+    }
+
+    /// Embeds token ids.
+    ///
+    /// # Shapes
+    /// `ids`: one row of equal length per sequence; result: `[batch, tokens, d]`.
+    ///
+    /// # Errors
+    /// No tokens, rows of different lengths, or an id outside the vocabulary.
+    pub fn embed(&self, ids: &[&[u32]]) -> Result<Tensor<3>, ModelError> {
+        let tokens = ids.first().map_or(0, |row| row.len());
+        if tokens == 0 || ids.iter().any(|row| row.len() != tokens) {
+            return Err(ModelError::Value {
+                what: "token ids".into(),
+                expected: "at least one token, and rows of equal length".into(),
+                found: format!("rows of {:?} tokens", ids.iter().map(|r| r.len()).collect::<Vec<_>>()),
+            });
+        }
+        let flat: Vec<i32> = ids
+            .iter()
+            .flat_map(|row| row.iter())
+            .map(|&id| match i32::try_from(id) {
+                Ok(small) if (id as usize) < self.config.vocab_size => Ok(small),
+                _ => Err(ModelError::Value {
+                    what: "token id".into(),
+                    expected: format!("below the vocabulary size {}", self.config.vocab_size),
+                    found: id.to_string(),
+                }),
+            })
+            .collect::<Result<_, _>>()?;
+        let ids_tensor = Tensor::<1, Int>::from_data(flat.as_slice(), &self.device);
+        let rows = match &self.embedding {
+            Weight::Packed(matrix) => packed_embedding(matrix, ids_tensor),
+            Weight::Dense(tensor) => tensor.clone().select(0, ids_tensor),
+        };
+        Ok(rows.reshape([ids.len(), tokens, self.config.hidden_size]))
+    }
+
+    /// Runs blocks `range` on the hidden state `x`, `[batch, tokens, d]`.
+    ///
+    /// Positions start where the cache of the first block of the range ends, or at 0 without one.
+    ///
+    /// # Errors
+    /// The weights of a block cannot be read.
+    ///
+    /// # Panics
+    /// If the range leaves the model.
+    pub fn run_blocks(
+        &self,
+        mut x: Tensor<3>,
+        range: Range<usize>,
+        adapter: Option<&Adapter>,
+        mut cache: Option<&mut KvCache>,
+    ) -> Result<Tensor<3>, ModelError> {
+        assert!(range.end <= self.n_blocks(), "blocks {range:?} of a model with {} blocks", self.n_blocks());
+        let start = cache.as_ref().filter(|_| !range.is_empty()).map_or(0, |c| c.len(range.start));
+        let slice = self.rope.slice(start, x.dims()[1]);
+        for index in range {
+            let _span = tracing::trace_span!("block", index).entered();
+            let block = self.store.block(index)?;
+            let ctx = BlockContext {
+                config: &self.config,
+                index,
+                rope: self.config.uses_rope(index).then_some(&slice),
+            };
+            let layer_cache = cache.as_mut().map(|c| c.layer_mut(index));
+            x = block.forward(x, ctx, adapter.and_then(|a| a.block(index)), layer_cache);
+        }
+        Ok(x)
+    }
+
+    /// Normalizes a hidden state for the head, at the exit after `exit` blocks.
+    ///
+    /// An adapter may bring a norm of its own for that exit; otherwise it is the final norm.
+    pub fn exit_norm(&self, x: Tensor<2>, exit: usize, adapter: Option<&Adapter>) -> Tensor<2> {
+        let weight = adapter.and_then(|a| a.exit_norm(exit)).unwrap_or(&self.final_norm);
+        rms_norm(x, weight.clone(), self.config.rms_norm_eps)
+    }
+
+    /// Scores the vocabulary.
+    ///
+    /// # Shapes
+    /// `normed`: `[tokens, d]`, the result of [`Decoder::exit_norm`]; result: `[tokens, vocab]`.
+    pub fn logits(&self, normed: Tensor<2>) -> Tensor<2> {
+        match &self.head {
+            Some(head) => head.forward(normed, None),
+            None => Linear::new(self.embedding.clone()).forward(normed, None),
+        }
+    }
+
+    /// `sum_t weights[t] * (-log p(targets[t]))`, of shape `[1]`, without the `[tokens, vocab]` logits where the head is packed.
+    ///
+    /// # Shapes
+    /// `normed`: `[tokens, d]`; `targets`, `weights`: `[tokens]`.
+    pub fn loss(&self, normed: Tensor<2>, targets: Tensor<1, Int>, weights: Tensor<1>) -> Tensor<1> {
+        let bias = self.head.as_ref().and_then(|head| head.bias.as_ref());
+        match (self.head(), bias) {
+            (Weight::Packed(matrix), None) => cross_entropy_head(normed, matrix, targets, weights),
+            _ => {
+                let log_p = burn::tensor::activation::log_softmax(self.logits(normed), 1);
+                let picked: Tensor<1> = log_p.gather(1, targets.unsqueeze_dim(1)).squeeze_dim(1);
+                picked.mul(weights).sum().neg()
+            }
+        }
+    }
+
+    /// Logits at every position of one sequence through all blocks.
+    ///
+    /// # Shapes
+    /// Result: `[tokens, vocab]`.
+    ///
+    /// # Errors
+    /// See [`Decoder::embed`] and [`Decoder::run_blocks`].
+    pub fn forward(
+        &self,
+        ids: &[u32],
+        adapter: Option<&Adapter>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor<2>, ModelError> {
+        let x = self.embed(&[ids])?;
+        let x = self.run_blocks(x, 0..self.n_blocks(), adapter, cache)?;
+        let flat = x.reshape([ids.len(), self.config.hidden_size]);
+        Ok(self.logits(self.exit_norm(flat, self.n_blocks(), adapter)))
+    }
+}

@@ -1,0 +1,159 @@
+//! Where the sibling crates meet: traits that one of them implements and others use.
+
+use edgellm_kernels::{PackedHost, PackedLayout};
+
+use crate::ModelError;
+use crate::data::Example;
+use crate::decoder::Block;
+use crate::values::{Budget, CompressionPolicy, LayerFormat, MatrixShape, Measurement};
+
+/// What a device is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workload {
+    /// Run `tokens` tokens in one pass without gradients. One token is a decode step.
+    Forward {
+        /// Tokens in the pass.
+        tokens: usize,
+    },
+    /// Forward and backward to the input for `tokens` tokens.
+    Tune {
+        /// Tokens in the pass.
+        tokens: usize,
+    },
+}
+
+/// What a unit costs on a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct UnitCost {
+    /// Time in milliseconds.
+    pub milliseconds: f64,
+    /// Bytes of its packed weights.
+    pub bytes: u64,
+}
+
+/// Predicts the cost of a unit in a format on a device (implemented by the scheduler, used by compression and tuning).
+pub trait CostModel {
+    /// The cost of running matrices of these shapes in `format`.
+    ///
+    /// # Errors
+    /// The format does not exist.
+    fn cost(&self, matrices: &[MatrixShape], format: &LayerFormat, workload: Workload) -> Result<UnitCost, ModelError>;
+}
+
+/// Turns a float matrix into a packed one.
+pub trait Compressor {
+    /// Its name on the command line, such as `rtn`.
+    fn name(&self) -> &'static str;
+
+    /// Packs `values`, row-major `[rows, cols]`.
+    ///
+    /// # Errors
+    /// Non-finite values, a wrong length, or a format that does not exist.
+    fn compress(&self, values: &[f32], rows: usize, cols: usize, format: &LayerFormat) -> Result<PackedHost, ModelError>;
+}
+
+/// Chooses a format for every unit under a budget.
+pub trait PolicySolver {
+    /// Its name on the command line, such as `solve`.
+    fn name(&self) -> &'static str;
+
+    /// The policy for `budget`.
+    ///
+    /// # Errors
+    /// The budget cannot be met with the measured options; the message says what the least is.
+    fn solve(&self, measurement: &Measurement, budget: &Budget) -> Result<CompressionPolicy, ModelError>;
+}
+
+/// Chooses the exit that the next tuning step trains.
+pub trait ExitSchedule {
+    /// Its name on the command line, such as `sequential`.
+    fn name(&self) -> &'static str;
+
+    /// Index into the exits for step `step`. A pure function of the step and the seed, so that a resumed run agrees.
+    fn choose(&self, step: u64, n_exits: usize) -> usize;
+}
+
+/// Combines the exits' next-token distributions.
+pub trait Voter {
+    /// Its name on the command line, such as `max`.
+    fn name(&self) -> &'static str;
+
+    /// Writes the voted log-probabilities of one token, given each exit's (early to late), all `[vocab]`.
+    ///
+    /// # Panics
+    /// If there is no exit or the lengths differ.
+    fn vote(&self, exits: &[&[f32]], out: &mut [f32]);
+
+    /// Whether it looks at any exit but the last.
+    fn needs_all_exits(&self) -> bool {
+        true
+    }
+}
+
+/// Where a block's weights come from.
+pub trait WeightStore: Send + Sync {
+    /// Number of blocks.
+    fn n_blocks(&self) -> usize;
+
+    /// The weights of block `index`; clones of what is resident are cheap.
+    ///
+    /// # Errors
+    /// The weights cannot be read.
+    fn block(&self, index: usize) -> Result<Block, ModelError>;
+
+    /// The layouts of block `index`'s matrices, without reading them.
+    ///
+    /// # Errors
+    /// There is no such block.
+    fn layouts(&self, index: usize) -> Result<Vec<PackedLayout>, ModelError>;
+}
+
+/// Tokenized examples in a fixed order.
+pub trait DataSource {
+    /// Number of examples.
+    fn len(&self) -> usize;
+
+    /// Whether there is none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Example `index`, counted from 0.
+    ///
+    /// # Errors
+    /// There is no such example, or it cannot be read.
+    fn example(&self, index: usize) -> Result<Example, ModelError>;
+}
+
+impl DataSource for Vec<Example> {
+    fn len(&self) -> usize {
+        Vec::len(self)
+    }
+
+    fn example(&self, index: usize) -> Result<Example, ModelError> {
+        self.get(index).cloned().ok_or_else(|| ModelError::Value {
+            what: "example index".into(),
+            expected: format!("below {}", Vec::len(self)),
+            found: index.to_string(),
+        })
+    }
+}
+
+/// Receives metrics as they arise: one event a call.
+pub trait MetricSink: Send {
+    /// Records one event; `fields` is a JSON object.
+    ///
+    /// # Errors
+    /// The sink cannot take it (a full disk, say).
+    fn record(&mut self, event: &str, fields: serde_json::Value) -> Result<(), ModelError>;
+}
+
+/// A sink that drops everything.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoMetrics;
+
+impl MetricSink for NoMetrics {
+    fn record(&mut self, _event: &str, _fields: serde_json::Value) -> Result<(), ModelError> {
+        Ok(())
+    }
+}

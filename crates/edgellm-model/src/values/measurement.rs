@@ -1,0 +1,45 @@
+//! Sensitivities of a model's units, measured once and reused for every budget.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Granularity, LayerFormat, MatrixShape, Unit, Value};
+
+/// The measured sensitivities of one unit.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UnitMeasurement {
+    /// The unit.
+    pub unit: Unit,
+    /// Its weight matrices.
+    pub matrices: Vec<MatrixShape>,
+    /// For each option of [`Measurement::options`]: `MSE(f_o(x), f(x)) / Var(f(x))` of the unit's output on the
+    /// uncompressed model's input.
+    pub sensitivity: Vec<f64>,
+}
+
+/// Sensitivities of every unit for every option, on one calibration text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measurement {
+    /// Version of this file format.
+    pub format_version: u32,
+    /// The model's name, as its files give it.
+    pub model: String,
+    /// Blocks or single projections.
+    pub granularity: Granularity,
+    /// Calibration tokens that were run.
+    pub calibration_tokens: usize,
+    /// SHA-256 of the calibration token ids.
+    pub calibration_digest: String,
+    /// The formats that were tried.
+    pub options: Vec<LayerFormat>,
+    /// Every unit of the model once, in order.
+    pub units: Vec<UnitMeasurement>,
+}
+
+impl Value for Measurement {
+    const KIND: &'static str = "measurement";
+    const VERSION: u32 = 1;
+
+    fn format_version(&self) -> u32 {
+        self.format_version
+    }
+}

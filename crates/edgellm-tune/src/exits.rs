@@ -1,0 +1,117 @@
+//! Which exit a tuning step trains, and which blocks lie in its window (EDGE-LLM, DAC 2024, section on adaptive layer tuning).
+
+use std::ops::Range;
+
+use edgellm_model::traits::ExitSchedule;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::TuneError;
+
+/// The blocks that a step at `exit` trains: the `depth` blocks that end there.
+pub fn window(exit: usize, depth: usize) -> Range<usize> {
+    exit.saturating_sub(depth)..exit
+}
+
+/// All steps of the earliest exit first, then the next, up to the last: equal shares of `total_steps`.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequential {
+    /// Steps of the whole run.
+    pub total_steps: u64,
+}
+
+impl ExitSchedule for Sequential {
+    fn name(&self) -> &'static str {
+        "sequential"
+    }
+
+    fn choose(&self, step: u64, n_exits: usize) -> usize {
+        let total = u128::from(self.total_steps.max(1));
+        let index = u128::from(step) * n_exits as u128 / total;
+        (index as usize).min(n_exits - 1)
+    }
+}
+
+/// One exit after the other, again and again.
+#[derive(Clone, Copy, Debug)]
+pub struct Cyclic;
+
+impl ExitSchedule for Cyclic {
+    fn name(&self) -> &'static str {
+        "cyclic"
+    }
+
+    fn choose(&self, step: u64, n_exits: usize) -> usize {
+        (step % n_exits as u64) as usize
+    }
+}
+
+/// An exit at random for each step (the paper's choice).
+#[derive(Clone, Copy, Debug)]
+pub struct Uniform {
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+impl ExitSchedule for Uniform {
+    fn name(&self) -> &'static str {
+        "uniform"
+    }
+
+    fn choose(&self, step: u64, n_exits: usize) -> usize {
+        // A stream per step: the draw depends on nothing but the seed and the step.
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        rng.set_stream(step);
+        rng.random_range(0..n_exits)
+    }
+}
+
+/// An exit schedule by its name on the command line.
+///
+/// # Errors
+/// No schedule has that name.
+pub fn exit_schedule(name: &str, total_steps: u64, seed: u64) -> Result<Box<dyn ExitSchedule>, TuneError> {
+    match name {
+        "sequential" => Ok(Box::new(Sequential { total_steps })),
+        "cyclic" => Ok(Box::new(Cyclic)),
+        "uniform" => Ok(Box::new(Uniform { seed })),
+        other => Err(TuneError::Setting {
+            what: "exit schedule",
+            expected: "sequential, cyclic or uniform".into(),
+            found: other.into(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(schedule: &dyn ExitSchedule, steps: u64, n: usize) -> Vec<usize> {
+        (0..steps).map(|step| schedule.choose(step, n)).collect()
+    }
+
+    #[test]
+    fn sequential_gives_each_exit_an_equal_run() {
+        assert_eq!(chosen(&Sequential { total_steps: 8 }, 8, 4), [0, 0, 1, 1, 2, 2, 3, 3]);
+        assert_eq!(chosen(&Sequential { total_steps: 3 }, 5, 2), [0, 0, 1, 1, 1]);
+    }
+
+    #[test]
+    fn uniform_depends_on_seed_and_step_only() {
+        let schedule = Uniform { seed: 5 };
+        let draws = chosen(&schedule, 4000, 4);
+        for exit in 0..4 {
+            let share = draws.iter().filter(|&&e| e == exit).count() as f64 / 4000.0;
+            assert!((share - 0.25).abs() < 0.03, "exit {exit}: {share}");
+        }
+        assert_eq!(schedule.choose(1234, 4), draws[1234]);
+        assert_ne!(draws, chosen(&Uniform { seed: 6 }, 4000, 4));
+    }
+
+    #[test]
+    fn windows_end_at_the_exit() {
+        assert_eq!(window(15, 8), 7..15);
+        assert_eq!(window(4, 8), 0..4);
+    }
+}
