@@ -34,7 +34,8 @@ pub struct TuneConfig {
     pub window: usize,
     /// Rank, scale and targets of the adapter.
     pub lora: LoraConfig,
-    /// Whether the norm of the step's exit is trained as well.
+    /// Whether the norms of the exits before the last are trained as well. The last exit keeps the model's final norm, so
+    /// that the adapter means the same to PEFT, which knows nothing of exits.
     pub train_exit_norms: bool,
     /// Largest learning rate.
     pub learning_rate: f64,
@@ -243,6 +244,7 @@ impl<'a> Trainer<'a> {
             }
         }
         if self.config.train_exit_norms
+            && exit < self.decoder.n_blocks()
             && let Some(norm) = self.adapter.exit_norm(exit)
         {
             adapter.set_exit_norm(exit, norm.clone().autodiff().require_grad());

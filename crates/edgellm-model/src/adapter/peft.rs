@@ -48,6 +48,14 @@ struct PeftConfig {
     inference_mode: bool,
 }
 
+/// Shapes and f32 bytes by name.
+type NamedTensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
+
+fn write_file(dir: &AtomicDir, name: &str, content: &[u8]) -> Result<(), ModelError> {
+    let path = dir.path().join(name);
+    std::fs::write(&path, content).map_err(|e| ModelError::io(&path, e))
+}
+
 fn lora_names(block: usize, projection: Projection) -> (String, String) {
     let module = projection.weight_name(block);
     let module = module.trim_end_matches(".weight");
@@ -68,7 +76,7 @@ fn f32_bytes<const D: usize>(tensor: &Tensor<D>, what: &str) -> Result<Vec<u8>, 
     Ok(bytemuck::cast_slice(values).to_vec())
 }
 
-fn to_safetensors(tensors: &BTreeMap<String, (Vec<usize>, Vec<u8>)>) -> Result<Vec<u8>, ModelError> {
+fn to_safetensors(tensors: &NamedTensors) -> Result<Vec<u8>, ModelError> {
     let encode_error = |e: safetensors::SafeTensorError| ModelError::Value {
         what: "adapter tensors".into(),
         expected: "tensors that safetensors can hold".into(),
@@ -210,11 +218,24 @@ impl Adapter {
         Ok(())
     }
 
-    /// Writes the adapter as a PEFT directory; an existing one stays whole until the new one is.
+    /// Writes the adapter as a PEFT directory. With `replace`, an adapter of that name gives way once the new one is whole.
     ///
     /// # Errors
-    /// The directory cannot be written.
-    pub fn save(&self, dir: &Path, base_model: &str) -> Result<(), ModelError> {
+    /// The name is taken (without `replace`, or by something that is no adapter), or the directory cannot be written.
+    pub fn save(&self, dir: &Path, base_model: &str, replace: bool) -> Result<(), ModelError> {
+        let replace = replace && Self::is_adapter_dir(dir);
+        let json = self.peft_config_json(dir, base_model)?;
+        let (tensors, exits) = self.named_tensors()?;
+        let out = AtomicDir::create(dir)?;
+        write_file(&out, CONFIG_FILE, json.as_bytes())?;
+        write_file(&out, WEIGHTS_FILE, &to_safetensors(&tensors)?)?;
+        if !exits.is_empty() {
+            write_file(&out, EXITS_FILE, &to_safetensors(&exits)?)?;
+        }
+        out.commit(replace)
+    }
+
+    fn peft_config_json(&self, dir: &Path, base_model: &str) -> Result<String, ModelError> {
         let config = PeftConfig {
             peft_type: "LORA".into(),
             task_type: Some("CAUSAL_LM".into()),
@@ -229,6 +250,15 @@ impl Adapter {
             use_dora: false,
             inference_mode: true,
         };
+        serde_json::to_string_pretty(&config).map_err(|e| ModelError::Parse {
+            path: dir.join(CONFIG_FILE),
+            what: "PEFT adapter configuration".into(),
+            reason: e.to_string(),
+        })
+    }
+
+    /// Low-rank tensors under PEFT's names, and exit norms under ours.
+    fn named_tensors(&self) -> Result<(NamedTensors, NamedTensors), ModelError> {
         let mut tensors = BTreeMap::new();
         for (index, block) in self.blocks.iter().enumerate() {
             for projection in Projection::ALL {
@@ -245,17 +275,6 @@ impl Adapter {
             let bytes = f32_bytes(norm, &name)?;
             exits.insert(name, (norm.dims().to_vec(), bytes));
         }
-        let json = serde_json::to_string_pretty(&config).map_err(|e| ModelError::Parse {
-            path: dir.join(CONFIG_FILE),
-            what: "PEFT adapter configuration".into(),
-            reason: e.to_string(),
-        })?;
-        let out = AtomicDir::create(dir)?;
-        out.write(CONFIG_FILE, json.as_bytes())?;
-        out.write(WEIGHTS_FILE, &to_safetensors(&tensors)?)?;
-        if !exits.is_empty() {
-            out.write(EXITS_FILE, &to_safetensors(&exits)?)?;
-        }
-        out.commit()
+        Ok((tensors, exits))
     }
 }

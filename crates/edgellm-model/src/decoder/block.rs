@@ -33,7 +33,7 @@ impl Weight {
     /// The layout of the packed bytes, or of f32 rows.
     pub fn layout(&self) -> PackedLayout {
         match self {
-            Weight::Packed(matrix) => *matrix.layout(),
+            Weight::Packed(matrix) => matrix.layout(),
             Weight::Dense(tensor) => {
                 let [rows, cols] = tensor.dims();
                 PackedLayout { rows, cols, format: edgellm_kernels::Format::F32 }
