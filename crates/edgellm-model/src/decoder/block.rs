@@ -114,7 +114,12 @@ pub(crate) struct BlockContext<'a> {
     pub(crate) index: usize,
     /// Rotation of this call's positions; `None` where the block uses no position embedding.
     pub(crate) rope: Option<&'a RopeSlice>,
+    /// Sees the input of every projection.
+    pub(crate) observer: Option<&'a LinearObserver<'a>>,
 }
+
+/// Called with the input of each projection, `[tokens, in]`, in the order in which a block runs them.
+pub type LinearObserver<'a> = dyn Fn(Projection, &Tensor<2>) + 'a;
 
 impl Block {
     /// One projection of the block.
@@ -142,10 +147,19 @@ impl Block {
         let attended = self.attend(normed, [batch, tokens], ctx, lora, cache);
         let hidden = residual.add(attended);
         let normed = rms_norm(hidden.clone(), self.mlp_norm.clone(), eps);
-        hidden.add(self.feed_forward(normed, lora)).reshape([batch, tokens, d])
+        hidden.add(self.feed_forward(normed, ctx, lora)).reshape([batch, tokens, d])
     }
 
-    fn project(&self, projection: Projection, x: Tensor<2>, lora: Option<&BlockLora>) -> Tensor<2> {
+    fn project(
+        &self,
+        projection: Projection,
+        x: Tensor<2>,
+        ctx: BlockContext<'_>,
+        lora: Option<&BlockLora>,
+    ) -> Tensor<2> {
+        if let Some(observe) = ctx.observer {
+            observe(projection, &x);
+        }
         self.linear(projection).forward(x, lora.and_then(|l| l.get(projection)))
     }
 
@@ -159,9 +173,9 @@ impl Block {
     ) -> Tensor<2> {
         let config = ctx.config;
         let split = |y: Tensor<2>, heads: usize| y.reshape([batch, tokens, heads, config.head_dim]).swap_dims(1, 2);
-        let mut q = split(self.project(Projection::Q, x.clone(), lora), config.n_heads);
-        let mut k = split(self.project(Projection::K, x.clone(), lora), config.n_kv_heads);
-        let v = split(self.project(Projection::V, x, lora), config.n_kv_heads);
+        let mut q = split(self.project(Projection::Q, x.clone(), ctx, lora), config.n_heads);
+        let mut k = split(self.project(Projection::K, x.clone(), ctx, lora), config.n_kv_heads);
+        let v = split(self.project(Projection::V, x, ctx, lora), config.n_kv_heads);
         if let Some(norm) = &self.q_norm {
             q = rms_norm(q, norm.clone(), config.rms_norm_eps);
         }
@@ -183,12 +197,12 @@ impl Block {
         };
         let out = attention(q, k, v, params);
         let merged = out.swap_dims(1, 2).reshape([batch * tokens, config.n_heads * config.head_dim]);
-        self.project(Projection::O, merged, lora)
+        self.project(Projection::O, merged, ctx, lora)
     }
 
-    fn feed_forward(&self, x: Tensor<2>, lora: Option<&BlockLora>) -> Tensor<2> {
-        let gate = self.project(Projection::Gate, x.clone(), lora);
-        let up = self.project(Projection::Up, x, lora);
-        self.project(Projection::Down, swiglu(gate, up), lora)
+    fn feed_forward(&self, x: Tensor<2>, ctx: BlockContext<'_>, lora: Option<&BlockLora>) -> Tensor<2> {
+        let gate = self.project(Projection::Gate, x.clone(), ctx, lora);
+        let up = self.project(Projection::Up, x, ctx, lora);
+        self.project(Projection::Down, swiglu(gate, up), ctx, lora)
     }
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor};
 use edgellm_kernels::{cross_entropy_head, packed_embedding, rms_norm};
 
-pub use self::block::{Block, Linear, Weight};
+pub use self::block::{Block, Linear, LinearObserver, Weight};
 pub use self::cache::KvCache;
 pub use self::load::{LoadOptions, ResidentStore};
 
@@ -112,10 +112,22 @@ impl Decoder {
         &self.embedding
     }
 
+    /// The head with its bias; `None` where it is tied to the embedding.
+    pub fn untied_head(&self) -> Option<&Linear> {
+        self.head.as_ref()
+    }
+
     /// The same decoder with another token embedding (and head, where they are tied).
     #[must_use]
     pub fn with_embedding(mut self, embedding: Weight) -> Self {
         self.embedding = embedding;
+        self
+    }
+
+    /// The same decoder with another head.
+    #[must_use]
+    pub fn with_head(mut self, head: Linear) -> Self {
+        self.head = Some(head);
         self
     }
 
@@ -208,11 +220,31 @@ impl Decoder {
                 config: &self.config,
                 index,
                 rope: self.config.uses_rope(index).then_some(&slice),
+                observer: None,
             };
             let layer_cache = cache.as_mut().map(|c| c.layer_mut(index));
             x = block.forward(x, ctx, adapter.and_then(|a| a.block(index)), layer_cache);
         }
         Ok(x)
+    }
+
+    /// Runs `block` in the place of block `index` on the hidden state `x`, `[batch, tokens, d]`, from position 0.
+    ///
+    /// `observer` sees the input of every projection: what calibration needs.
+    ///
+    /// # Panics
+    /// If the model has no block `index`.
+    pub fn run_block(
+        &self,
+        block: &Block,
+        index: usize,
+        x: Tensor<3>,
+        observer: Option<&LinearObserver<'_>>,
+    ) -> Tensor<3> {
+        assert!(index < self.n_blocks(), "block {index} of a model with {} blocks", self.n_blocks());
+        let slice = self.rope.slice(0, x.dims()[1]);
+        let rope = self.config.uses_rope(index).then_some(&slice);
+        block.forward(x, BlockContext { config: &self.config, index, rope, observer }, None, None)
     }
 
     /// Normalizes a hidden state for the head, at the exit after `exit` blocks.
