@@ -1,0 +1,98 @@
+//! The crate's one error type.
+//!
+//! Bad data and bad descriptions of data are errors, with what was expected and what was found. A caller that
+//! passes tensors of the wrong shape to an operator has made a programming error; operators panic then, with the
+//! shapes (see each operator's `# Panics`).
+
+use thiserror::Error;
+
+/// What can go wrong when formats are named, and matrices are quantized, packed or read.
+#[derive(Debug, Clone, PartialEq, Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// A quantized format with a bit width or group size that does not exist.
+    #[error(
+        "unsupported quantized format: bit width {bit_width} (supported: 2, 3, 4, 5, 6, 8), group size {group_size} \
+         (supported: 16, 32, 64, 128)"
+    )]
+    UnsupportedFormat {
+        /// Bits per code that were asked for.
+        bit_width: u8,
+        /// Columns per group that were asked for.
+        group_size: u16,
+    },
+    /// A format's name that does not parse.
+    #[error(
+        "unknown packed format {name:?}; expected f32, f16, bf16, or a name such as q4g32a or q3g64s"
+    )]
+    UnknownFormat {
+        /// The name that was given.
+        name: String,
+    },
+    /// A matrix without rows or columns, or one whose size does not fit in memory.
+    #[error("a packed matrix of {rows} rows and {cols} columns is empty or too large")]
+    BadShape {
+        /// Rows that were asked for.
+        rows: usize,
+        /// Columns that were asked for.
+        cols: usize,
+    },
+    /// A buffer whose length does not follow from the layout.
+    #[error("{what}: expected {expected} for {layout}, found {found}")]
+    Length {
+        /// Which buffer, and its unit.
+        what: &'static str,
+        /// The layout, for people.
+        layout: String,
+        /// What follows from the layout.
+        expected: usize,
+        /// What was given.
+        found: usize,
+    },
+    /// NaN or an infinity among values that are to be packed.
+    #[error("row {row}, column {col} holds {value}, which cannot be packed")]
+    NonFinite {
+        /// Row of the value.
+        row: usize,
+        /// Column of the value.
+        col: usize,
+        /// The value, for people.
+        value: String,
+    },
+    /// A finite value or scale that is too large for the 16-bit float that has to hold it.
+    #[error(
+        "row {row}, columns from {col}: {value:e} does not fit a 16-bit float of format {format}"
+    )]
+    Overflow {
+        /// Row of the value.
+        row: usize,
+        /// First column of its group (or its own column).
+        col: usize,
+        /// The value.
+        value: f32,
+        /// Name of the format.
+        format: String,
+    },
+    /// A row index outside the matrix.
+    #[error("row {row} of a matrix with {rows} rows")]
+    RowOutOfRange {
+        /// The index that was given.
+        row: usize,
+        /// Rows of the matrix.
+        rows: usize,
+    },
+    /// A device did not hand its data back.
+    #[error("reading a packed matrix back from its device failed: {0}")]
+    ReadBack(String),
+    /// An instruction set that this processor, or this build, does not have.
+    #[error("instruction set {name} is not available here; available: {available}")]
+    IsaUnavailable {
+        /// The instruction set that was asked for.
+        name: &'static str,
+        /// Those that exist here.
+        available: String,
+    },
+}
+
+/// Short form for this crate's results.
+pub type Result<T> = core::result::Result<T, KernelError>;

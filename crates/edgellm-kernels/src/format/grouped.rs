@@ -1,0 +1,374 @@
+//! Quantized formats: integer codes of 2, 3, 4, 5, 6 or 8 bits with a scale per group of columns.
+//!
+//! **Codes.** Every block of 32 consecutive columns is `bit_width` little-endian `u32` words: a little-endian bit
+//! stream in which code `i` of the block occupies bits `[i * bit_width, (i + 1) * bit_width)`. Rows are padded with
+//! zero codes to a multiple of 32 columns. There is no waste at any width, and eight codes are always
+//! `bit_width` whole bytes.
+//!
+//! **Values.** With `q` the code, in `0 ..= 2^b - 1`:
+//!
+//! - asymmetric: `w = scale * q + min`, like GGML's `Q4_1` and `Q5_1`;
+//! - symmetric: `w = scale * (q - 2^(b - 1))`, like GGML's `Q4_0`, `Q5_0` and `Q8_0`.
+//!
+//! A float minimum, rather than an integer zero point, is what lets GGUF files be imported exactly. Group size 16
+//! and `f32` scales exist for the same reason (GGML's K types have two-level scales whose products need more bits
+//! than `f16` has).
+//!
+//! **Scales**, per row and group (the last group may be short): symmetric `f16`: one `f16` a group, the row padded
+//! to an even count; asymmetric `f16`: one word a group, scale in the low half, min in the high half; symmetric
+//! `f32`: one word; asymmetric `f32`: two words, scale then min.
+//!
+//! **Quantization** is round to nearest. Scales are rounded to their storage type *before* codes are computed.
+//! Asymmetric: `min` is the group's minimum rounded down, `scale = (max - min) / (2^b - 1)` rounded up, so that the
+//! whole group lies on the grid's span and `|w - deq(w)| <= scale / 2` (and one `f32` rounding). Symmetric:
+//! `scale = extreme / -2^(b - 1)` where `extreme` is the value of largest magnitude, as in `Q4_0`: code 0 is the extreme
+//! itself, and only values near its opposite are clipped, by at most one `scale`. A group of zeros has scale 0 and
+//! decodes to exact zeros.
+
+use half::f16;
+
+use super::float::{decode_f16, finite};
+use super::{Format, RowCodec};
+use crate::error::{KernelError, Result};
+
+/// Columns of a block of codes.
+pub(crate) const BLOCK: usize = 32;
+
+/// Bit widths that exist.
+const BIT_WIDTHS: [u8; 6] = [2, 3, 4, 5, 6, 8];
+/// Group sizes that exist.
+const GROUP_SIZES: [u16; 4] = [16, 32, 64, 128];
+
+/// How scales and minima are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ScaleType {
+    /// IEEE 754 half precision.
+    F16,
+    /// IEEE 754 single precision.
+    F32,
+}
+
+/// A quantized format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct QuantFormat {
+    /// Bits per code: 2, 3, 4, 5, 6 or 8.
+    pub bit_width: u8,
+    /// Columns that share a scale: 16, 32, 64 or 128.
+    pub group_size: u16,
+    /// Whether zero lies in the middle of the codes (no minimum is stored).
+    pub symmetric: bool,
+    /// How scales are stored.
+    pub scale_type: ScaleType,
+}
+
+/// The members of this family: what compression offers, then what lossless import of GGML's K types needs.
+pub(super) fn members() -> Vec<Format> {
+    let mut formats = Vec::new();
+    for bit_width in BIT_WIDTHS {
+        for group_size in [32, 64, 128] {
+            for symmetric in [true, false] {
+                formats.push(QuantFormat {
+                    bit_width,
+                    group_size,
+                    symmetric,
+                    scale_type: ScaleType::F16,
+                });
+            }
+        }
+    }
+    // Q2_K, Q3_K, Q4_K, Q5_K, Q6_K.
+    for (bit_width, group_size, symmetric) in [
+        (2, 16, false),
+        (3, 16, true),
+        (4, 32, false),
+        (5, 32, false),
+        (6, 16, true),
+    ] {
+        formats.push(QuantFormat {
+            bit_width,
+            group_size,
+            symmetric,
+            scale_type: ScaleType::F32,
+        });
+    }
+    formats.into_iter().map(Format::Quantized).collect()
+}
+
+impl QuantFormat {
+    /// A checked format.
+    ///
+    /// # Errors
+    /// [`KernelError::UnsupportedFormat`].
+    pub fn new(
+        bit_width: u8,
+        group_size: u16,
+        symmetric: bool,
+        scale_type: ScaleType,
+    ) -> Result<Self> {
+        let format = QuantFormat {
+            bit_width,
+            group_size,
+            symmetric,
+            scale_type,
+        };
+        format.check()?;
+        Ok(format)
+    }
+
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// [`KernelError::UnsupportedFormat`].
+    pub fn check(&self) -> Result<()> {
+        if BIT_WIDTHS.contains(&self.bit_width) && GROUP_SIZES.contains(&self.group_size) {
+            Ok(())
+        } else {
+            Err(KernelError::UnsupportedFormat {
+                bit_width: self.bit_width,
+                group_size: self.group_size,
+            })
+        }
+    }
+
+    /// The code that stands for zero in symmetric formats, `2^(b - 1)`.
+    pub fn zero_point(&self) -> u32 {
+        1 << (self.bit_width - 1)
+    }
+
+    /// Groups in a row of `cols` columns.
+    pub fn groups(&self, cols: usize) -> usize {
+        cols.div_ceil(usize::from(self.group_size))
+    }
+
+    pub(super) fn name(&self) -> String {
+        let symmetric = if self.symmetric { 's' } else { 'a' };
+        let scales = if self.scale_type == ScaleType::F32 {
+            "-f32"
+        } else {
+            ""
+        };
+        format!("q{}g{}{symmetric}{scales}", self.bit_width, self.group_size)
+    }
+
+    pub(super) fn parse(name: &str) -> Result<Self> {
+        let unknown = || KernelError::UnknownFormat {
+            name: name.chars().take(64).collect(),
+        };
+        let (body, scale_type) = match name.strip_suffix("-f32") {
+            Some(body) => (body, ScaleType::F32),
+            None => (name, ScaleType::F16),
+        };
+        let (body, symmetric) = match (body.strip_suffix('s'), body.strip_suffix('a')) {
+            (Some(body), _) => (body, true),
+            (_, Some(body)) => (body, false),
+            _ => return Err(unknown()),
+        };
+        let (bits, group) = body
+            .strip_prefix('q')
+            .and_then(|b| b.split_once('g'))
+            .ok_or_else(unknown)?;
+        let format = QuantFormat {
+            bit_width: bits.parse().map_err(|_| unknown())?,
+            group_size: group.parse().map_err(|_| unknown())?,
+            symmetric,
+            scale_type,
+        };
+        // "q+4g032a" parses as numbers but is not a name.
+        if format.name() != name {
+            return Err(unknown());
+        }
+        format.check()?;
+        Ok(format)
+    }
+
+    /// Scale and minimum of a group; the minimum of a symmetric group is `-scale * 2^(b - 1)`, which is exact.
+    pub(crate) fn scale_and_min(&self, scales: &[u32], group: usize) -> (f32, f32) {
+        let half = |word: u32, high: bool| decode_f16((word >> if high { 16 } else { 0 }) as u16);
+        match (self.scale_type, self.symmetric) {
+            (ScaleType::F16, true) => self.centred(half(scales[group / 2], group % 2 == 1)),
+            (ScaleType::F16, false) => (half(scales[group], false), half(scales[group], true)),
+            (ScaleType::F32, true) => self.centred(f32::from_bits(scales[group])),
+            (ScaleType::F32, false) => (
+                f32::from_bits(scales[2 * group]),
+                f32::from_bits(scales[2 * group + 1]),
+            ),
+        }
+    }
+
+    fn centred(&self, scale: f32) -> (f32, f32) {
+        (scale, -scale * self.zero_point() as f32)
+    }
+
+    fn store(&self, scales: &mut [u32], group: usize, scale: f32, min: f32) {
+        let half = |value: f32| u32::from(f16::from_f32(value).to_bits());
+        match (self.scale_type, self.symmetric) {
+            (ScaleType::F16, true) => scales[group / 2] |= half(scale) << (16 * (group % 2)),
+            (ScaleType::F16, false) => scales[group] = half(scale) | (half(min) << 16),
+            (ScaleType::F32, true) => scales[group] = scale.to_bits(),
+            (ScaleType::F32, false) => {
+                scales[2 * group] = scale.to_bits();
+                scales[2 * group + 1] = min.to_bits();
+            }
+        }
+    }
+
+    /// Scale and minimum for a group of finite values, as they will be read back.
+    fn fit(&self, values: &[f32]) -> (f32, f32) {
+        if self.symmetric {
+            let extreme = values.iter().fold(
+                0.0f32,
+                |best, &v| if v.abs() > best.abs() { v } else { best },
+            );
+            let scale = extreme / -(self.zero_point() as f32);
+            let scale = if self.scale_type == ScaleType::F16 {
+                f16::from_f32(scale).to_f32()
+            } else {
+                scale
+            };
+            return self.centred(scale);
+        }
+        let low = values.iter().copied().fold(f32::INFINITY, f32::min);
+        let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let levels = ((1u32 << self.bit_width) - 1) as f32;
+        match self.scale_type {
+            ScaleType::F16 => {
+                let min = f16_below(low);
+                (f16_above((high - min) / levels), min)
+            }
+            ScaleType::F32 => (
+                ((f64::from(high) - f64::from(low)) / f64::from(levels)) as f32,
+                low,
+            ),
+        }
+    }
+}
+
+impl RowCodec for QuantFormat {
+    fn row_words(&self, cols: usize) -> usize {
+        cols.div_ceil(BLOCK) * usize::from(self.bit_width)
+    }
+
+    fn row_scale_words(&self, cols: usize) -> usize {
+        let groups = self.groups(cols);
+        match (self.scale_type, self.symmetric) {
+            (ScaleType::F16, true) => groups.div_ceil(2),
+            (ScaleType::F16, false) | (ScaleType::F32, true) => groups,
+            (ScaleType::F32, false) => 2 * groups,
+        }
+    }
+
+    fn encode(
+        &self,
+        row: usize,
+        values: &[f32],
+        words: &mut [u32],
+        scales: &mut [u32],
+    ) -> Result<()> {
+        let group_size = usize::from(self.group_size);
+        let top = ((1u32 << self.bit_width) - 1) as f32;
+        for (group, chunk) in values.chunks(group_size).enumerate() {
+            let first = group * group_size;
+            for (i, &value) in chunk.iter().enumerate() {
+                finite(row, first + i, value)?;
+            }
+            let (scale, min) = self.fit(chunk);
+            if !scale.is_finite() || !min.is_finite() {
+                let value =
+                    chunk.iter().copied().fold(
+                        0.0f32,
+                        |best, v| if v.abs() > best.abs() { v } else { best },
+                    );
+                return Err(KernelError::Overflow {
+                    row,
+                    col: first,
+                    value,
+                    format: self.name(),
+                });
+            }
+            self.store(scales, group, scale, min);
+            for (i, &value) in chunk.iter().enumerate() {
+                let code = if scale == 0.0 {
+                    if self.symmetric { self.zero_point() } else { 0 }
+                } else if self.symmetric {
+                    ((value / scale).round() + self.zero_point() as f32).clamp(0.0, top) as u32
+                } else {
+                    // In f64: the difference of two large values neither overflows nor loses the code.
+                    let steps = (f64::from(value) - f64::from(min)) / f64::from(scale);
+                    steps.round().clamp(0.0, f64::from(top)) as u32
+                };
+                put_code(words, usize::from(self.bit_width), first + i, code);
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(&self, words: &[u32], scales: &[u32], out: &mut [f32]) {
+        let zero = self.zero_point() as i32;
+        for (group, chunk) in out.chunks_mut(usize::from(self.group_size)).enumerate() {
+            let (scale, min) = self.scale_and_min(scales, group);
+            let first = group * usize::from(self.group_size);
+            for (i, value) in chunk.iter_mut().enumerate() {
+                let code = get_code(words, usize::from(self.bit_width), first + i);
+                *value = if self.symmetric {
+                    scale * (code as i32 - zero) as f32
+                } else {
+                    scale * code as f32 + min
+                };
+            }
+        }
+    }
+}
+
+/// Writes the code of column `col` into a zeroed row.
+pub(crate) fn put_code(words: &mut [u32], bit_width: usize, col: usize, code: u32) {
+    let (word, shift) = position(bit_width, col);
+    words[word] |= code << shift;
+    if shift + bit_width > 32 {
+        words[word + 1] |= code >> (32 - shift);
+    }
+}
+
+/// Reads the code of column `col` of a row.
+pub(crate) fn get_code(words: &[u32], bit_width: usize, col: usize) -> u32 {
+    let (word, shift) = position(bit_width, col);
+    let mut code = words[word] >> shift;
+    if shift + bit_width > 32 {
+        code |= words[word + 1] << (32 - shift);
+    }
+    code & ((1 << bit_width) - 1)
+}
+
+fn position(bit_width: usize, col: usize) -> (usize, usize) {
+    let bit = (col % BLOCK) * bit_width;
+    ((col / BLOCK) * bit_width + bit / 32, bit % 32)
+}
+
+/// The largest half-precision value that is not above `value`.
+fn f16_below(value: f32) -> f32 {
+    let near = f16::from_f32(value);
+    if near.to_f32() <= value {
+        near.to_f32()
+    } else {
+        next_f16(near, false).to_f32()
+    }
+}
+
+/// The smallest half-precision value that is not below `value`.
+fn f16_above(value: f32) -> f32 {
+    let near = f16::from_f32(value);
+    if near.to_f32() >= value {
+        near.to_f32()
+    } else {
+        next_f16(near, true).to_f32()
+    }
+}
+
+/// The next half-precision value towards plus (`up`) or minus infinity.
+fn next_f16(value: f16, up: bool) -> f16 {
+    let bits = value.to_bits();
+    if value.to_f32() == 0.0 {
+        return f16::from_bits(if up { 0x0001 } else { 0x8001 });
+    }
+    let away_from_zero = (bits & 0x8000 == 0) == up;
+    f16::from_bits(if away_from_zero { bits + 1 } else { bits - 1 })
+}

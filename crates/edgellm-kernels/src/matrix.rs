@@ -1,0 +1,128 @@
+//! Packed matrices on a device, and low-rank updates beside them.
+
+use burn::tensor::{Bytes, DType, Device, Int, Tensor, TensorData};
+
+use crate::error::{KernelError, Result};
+use crate::format::PackedLayout;
+use crate::host::PackedHost;
+use crate::ops;
+
+/// A packed matrix on a device. Cloning shares the buffers.
+///
+/// Codes and scales are `u32` tensors, `[rows, row_words]` and `[rows, row_scale_words]`. On the `flex` device they
+/// wrap the host buffers (for example a memory map) without a copy. They are never tracked by autodiff and live on
+/// the inner device.
+#[derive(Debug, Clone)]
+pub struct PackedMatrix {
+    layout: PackedLayout,
+    words: Tensor<2, Int>,
+    scales: Tensor<2, Int>,
+    device: Device,
+}
+
+/// A low-rank update `scaling * B A` of a packed matrix (LoRA, arXiv 2106.09685, section 4.1).
+#[derive(Debug, Clone)]
+pub struct Lora {
+    /// `A`, `[rank, cols]`.
+    pub a: Tensor<2>,
+    /// `B`, `[rows, rank]`.
+    pub b: Tensor<2>,
+    /// `alpha / rank`.
+    pub scaling: f32,
+}
+
+impl PackedHost {
+    /// Puts the matrix on a device. An autodiff device stands for its inner device.
+    pub fn to_device(self, device: &Device) -> PackedMatrix {
+        let device = if device.is_autodiff() {
+            device.clone().inner()
+        } else {
+            device.clone()
+        };
+        let layout = self.layout;
+        let words = u32_tensor(self.words, layout.rows, layout.row_words(), &device);
+        let scales = if layout.row_scale_words() == 0 {
+            // Some devices have no empty buffers.
+            u32_tensor(Bytes::from_elems(vec![0u32]), 1, 1, &device)
+        } else {
+            u32_tensor(self.scales, layout.rows, layout.row_scale_words(), &device)
+        };
+        PackedMatrix {
+            layout,
+            words,
+            scales,
+            device,
+        }
+    }
+}
+
+impl PackedMatrix {
+    /// Shape and format.
+    pub fn layout(&self) -> PackedLayout {
+        self.layout
+    }
+
+    /// The (inner) device of the buffers.
+    pub fn device(&self) -> Device {
+        self.device.clone()
+    }
+
+    /// Copies the matrix back to the host.
+    ///
+    /// # Errors
+    /// [`KernelError::ReadBack`] if the device fails.
+    pub fn to_host(&self) -> Result<PackedHost> {
+        let words = read_back(self.words.clone())?;
+        let scales = if self.layout.row_scale_words() == 0 {
+            Bytes::from_elems(Vec::<u32>::new())
+        } else {
+            read_back(self.scales.clone())?
+        };
+        PackedHost::from_parts(self.layout, words, scales)
+    }
+
+    /// The matrix on another device.
+    ///
+    /// # Errors
+    /// [`KernelError::ReadBack`] if this matrix's device fails.
+    pub fn to_device(&self, device: &Device) -> Result<PackedMatrix> {
+        let target = if device.is_autodiff() {
+            device.clone().inner()
+        } else {
+            device.clone()
+        };
+        if target == self.device {
+            return Ok(self.clone());
+        }
+        Ok(self.to_host()?.to_device(&target))
+    }
+
+    /// All values, `[rows, cols]`, on the matrix's device.
+    pub fn dequantize(&self) -> Tensor<2> {
+        ops::dequantize(self)
+    }
+
+    pub(crate) fn parts(&self) -> (Tensor<2, Int>, Tensor<2, Int>) {
+        (self.words.clone(), self.scales.clone())
+    }
+}
+
+fn u32_tensor(bytes: Bytes, rows: usize, cols: usize, device: &Device) -> Tensor<2, Int> {
+    Tensor::from_data(
+        TensorData::from_bytes(bytes, [rows, cols], DType::U32),
+        (device, DType::U32),
+    )
+}
+
+fn read_back(tensor: Tensor<2, Int>) -> Result<Bytes> {
+    let data = tensor
+        .try_into_data()
+        .map_err(|error| KernelError::ReadBack(error.to_string()))?;
+    if data.dtype() != DType::U32 {
+        return Err(KernelError::ReadBack(format!(
+            "expected u32 words, found {:?}",
+            data.dtype()
+        )));
+    }
+    Ok(data.into_bytes())
+}
