@@ -1,23 +1,68 @@
-//! Repository tasks.
+//! Repository tasks, run as `cargo xtask TASK`: the demo, everything CI runs, the fixture, and the checks against other
+//! programs. One module a task; nothing here is linked into what is shipped, and nothing of the workspace is linked in
+//! here: the tasks drive the `edgellm` command as a user would.
+
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "tasks talk to a person"
+)]
+
+mod architecture;
+mod checks;
+mod cross;
+mod demo;
+mod edgellm;
 mod fixture;
+mod golden;
+mod python;
 mod repo;
+mod suite;
+mod train_fixture;
+
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+/// Repository tasks.
 #[derive(Parser)]
-#[command(name = "cargo xtask")]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    task: Task,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum Task {
+    Demo(demo::Demo),
+    Test(suite::Test),
     FixtureText(fixture::FixtureText),
+    TrainFixture(train_fixture::TrainFixture),
+    Golden(golden::Golden),
+    CheckGguf(checks::CheckGguf),
+    CheckAdapter(checks::CheckAdapter),
+    CheckPeft(checks::CheckPeft),
+    ArchCheck(architecture::ArchCheck),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
-        Command::FixtureText(args) => args.run(),
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Demo(task) => task.run(),
+        Task::Test(task) => task.run(),
+        Task::FixtureText(task) => task.run(),
+        Task::TrainFixture(task) => task.run(),
+        Task::Golden(task) => task.run(),
+        Task::CheckGguf(task) => task.run(),
+        Task::CheckAdapter(task) => task.run(),
+        Task::CheckPeft(task) => task.run(),
+        Task::ArchCheck(task) => task.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

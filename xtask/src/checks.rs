@@ -1,0 +1,213 @@
+//! Checks against other programs' reading of our files, and of theirs: GGUF against the `gguf` package, adapters against
+//! a plain numpy decoder, and against Python's `peft`. The scripts lie in xtask/py/; they know nothing of our code.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use xshell::cmd;
+
+use crate::edgellm::{Edgellm, SMOLLM2, arg};
+use crate::{python, repo};
+
+/// Compares every GGUF type's dequantized values with the `gguf` package's.
+#[derive(Args)]
+pub(crate) struct CheckGguf {
+    /// Also compare this file, tensor by tensor.
+    file: Option<PathBuf>,
+}
+
+impl CheckGguf {
+    pub(crate) fn run(&self) -> Result<()> {
+        let edgellm = Edgellm::build(&[])?;
+        println!("{}", gguf_types(&edgellm)?);
+        if let Some(file) = &self.file {
+            println!("{}", gguf_file(&edgellm, file)?);
+        }
+        Ok(())
+    }
+}
+
+/// Checks an adapter that `edgellm adapt` wrote with numpy: names, shapes, orientation, and the logits that follow.
+#[derive(Args)]
+pub(crate) struct CheckAdapter {}
+
+impl CheckAdapter {
+    pub(crate) fn run(&self) -> Result<()> {
+        println!("{}", adapter(&Edgellm::build(&[])?)?);
+        Ok(())
+    }
+}
+
+/// Loads an adapter with Python's `peft` on the transformers model (makes an environment of several gigabytes).
+#[derive(Args)]
+pub(crate) struct CheckPeft {
+    /// Optimizer steps of the adapter to be checked.
+    #[arg(long, default_value_t = 4)]
+    steps: usize,
+}
+
+impl CheckPeft {
+    pub(crate) fn run(&self) -> Result<()> {
+        let edgellm = Edgellm::build(&[])?;
+        edgellm.pull(SMOLLM2)?;
+        let folder = repo::scratch("peft")?;
+        let tuned = tune(&edgellm, SMOLLM2, &folder, self.steps)?;
+        let (python, script) = (
+            python::interpreter(python::PEFT)?,
+            python::script("check_peft.py")?,
+        );
+        let Tuned {
+            model,
+            adapter,
+            prompt,
+            logits,
+        } = tuned;
+        let shell = repo::shell()?;
+        cmd!(
+            shell,
+            "{python} {script} {model} {adapter} {prompt} {logits}"
+        )
+        .quiet()
+        .run()?;
+        Ok(())
+    }
+}
+
+/// Makes a GGUF file with one block of each type that we read, and compares our reading with the package's.
+pub(crate) fn gguf_types(edgellm: &Edgellm) -> Result<String> {
+    let folder = repo::scratch("gguf")?;
+    let file = folder.join("types.gguf");
+    let (python, script) = (
+        python::interpreter(python::LIGHT)?,
+        python::script("make_gguf.py")?,
+    );
+    let tokenizer = repo::root()?.join("fixtures/model/tokenizer.json");
+    let shell = repo::shell()?;
+    cmd!(shell, "{python} {script} {tokenizer} {file}")
+        .quiet()
+        .run()?;
+    gguf_file(edgellm, &file)
+}
+
+/// Compares the values of every tensor of a GGUF file, exported to f32 by us, with the package's.
+pub(crate) fn gguf_file(edgellm: &Edgellm, file: &Path) -> Result<String> {
+    let exported = repo::scratch("gguf")?.join("exported");
+    edgellm.json([
+        "compress",
+        "-m",
+        arg(file)?,
+        "--format",
+        "f32",
+        "-o",
+        arg(&exported)?,
+        "--force",
+    ])?;
+    let (python, script) = (
+        python::interpreter(python::LIGHT)?,
+        python::script("check_gguf.py")?,
+    );
+    let shell = repo::shell()?;
+    Ok(cmd!(shell, "{python} {script} {file} {exported}")
+        .quiet()
+        .read()?)
+}
+
+/// Tunes an adapter on the fixture and checks it against a decoder written in numpy.
+pub(crate) fn adapter(edgellm: &Edgellm) -> Result<String> {
+    let folder = repo::scratch("adapter")?;
+    let base = repo::root()?.join("fixtures/model");
+    let Tuned {
+        model,
+        adapter,
+        logits,
+        ..
+    } = tune(edgellm, arg(&base)?, &folder, 8)?;
+    let (python, script) = (
+        python::interpreter(python::LIGHT)?,
+        python::script("check_adapter.py")?,
+    );
+    let shell = repo::shell()?;
+    Ok(cmd!(shell, "{python} {script} {model} {adapter} {logits}")
+        .quiet()
+        .read()?)
+}
+
+/// An adapter with what another program needs to follow it.
+struct Tuned {
+    /// The base model as a plain f32 directory.
+    model: PathBuf,
+    adapter: PathBuf,
+    /// The raw prompt, and our logits on it with the adapter.
+    prompt: PathBuf,
+    logits: PathBuf,
+}
+
+/// Tunes a few steps at a rate at which the adapter clearly shows, exports the base, and writes the tuned logits.
+fn tune(edgellm: &Edgellm, base: &str, folder: &Path, steps: usize) -> Result<Tuned> {
+    let data = repo::root()?.join("fixtures/instruct/train.jsonl");
+    let tuned = Tuned {
+        model: folder.join("model"),
+        adapter: folder.join("adapter"),
+        prompt: folder.join("prompt.txt"),
+        logits: folder.join("logits.safetensors"),
+    };
+    let (model, adapter) = (arg(&tuned.model)?, arg(&tuned.adapter)?);
+    for old in [&tuned.model, &tuned.adapter]
+        .into_iter()
+        .filter(|old| old.exists())
+    {
+        fs::remove_dir_all(old)?;
+    }
+    edgellm.json(["compress", "-m", base, "--format", "f32", "-o", model])?;
+    let steps = steps.to_string();
+    let mut args = vec![
+        "adapt",
+        "-m",
+        model,
+        "--data",
+        arg(&data)?,
+        "-o",
+        adapter,
+        "--steps",
+        &steps,
+        "--batch",
+        "2",
+    ];
+    args.extend([
+        "--max-len",
+        "96",
+        "--exits",
+        "1",
+        "--window",
+        "8",
+        "--lr",
+        "5e-3",
+        "--template",
+        "chat",
+    ]);
+    edgellm.json(args)?;
+    fs::write(
+        &tuned.prompt,
+        "<|im_start|>user\nWhat is my favourite drink?<|im_end|>\n<|im_start|>assistant\n",
+    )?;
+    let (prompt, logits) = (arg(&tuned.prompt)?, arg(&tuned.logits)?);
+    let run = [
+        "run",
+        "-m",
+        model,
+        "--adapter",
+        adapter,
+        "--raw",
+        "-f",
+        prompt,
+        "-n",
+        "0",
+        "--dump-logits",
+        logits,
+    ];
+    edgellm.json(run)?;
+    ensure!(tuned.logits.exists(), "run --dump-logits wrote no {logits}");
+    Ok(tuned)
+}

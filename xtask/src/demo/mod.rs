@@ -1,0 +1,381 @@
+//! `cargo xtask demo`: the whole pipeline through the command, on the fixture or on a real model: inspect, measure, plan,
+//! compress, evaluate, tune, vote, answer; then a summary that a person understands.
+
+mod chart;
+mod summary;
+
+use std::path::PathBuf;
+use std::time::Instant;
+use std::{fs, io};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::Value;
+
+use crate::edgellm::{Edgellm, arg, number, text};
+use crate::repo;
+use summary::{Summary, Unit};
+
+const VOTES: [&str; 3] = ["last", "max", "mean"];
+
+/// Shows the whole pipeline, from a model to a smaller one that knows its user.
+#[derive(Args)]
+pub(crate) struct Demo {
+    /// A model by name, such as smollm2-135m-instruct (it is fetched first); the tiny model of fixtures/ by default.
+    #[arg(long)]
+    model: Option<String>,
+}
+
+impl Demo {
+    pub(crate) fn run(&self) -> Result<()> {
+        match &self.model {
+            Some(name) => show(&Settings::real(name)),
+            None => show(&Settings::fixture()?),
+        }
+        .map(drop)
+    }
+}
+
+/// The demo on the fixture; returns one line that sums it up.
+pub(crate) fn on_fixture() -> Result<String> {
+    show(&Settings::fixture()?)
+}
+
+/// What differs between the tiny model and a real one.
+struct Settings {
+    model: String,
+    title: String,
+    pull: bool,
+    target_bpw: &'static str,
+    calibration_tokens: &'static str,
+    context: &'static str,
+    windows: &'static str,
+    /// Of the tuning: steps, longest example, window in blocks, learning rate.
+    steps: &'static str,
+    max_len: &'static str,
+    window: &'static str,
+    lr: &'static str,
+}
+
+impl Settings {
+    fn fixture() -> Result<Self> {
+        let model = repo::root()?.join("fixtures/model");
+        Ok(Self {
+            model: arg(&model)?.to_owned(),
+            title: "the tiny model of fixtures/".to_owned(),
+            pull: false,
+            target_bpw: "3.5",
+            calibration_tokens: "2048",
+            context: "256",
+            windows: "24",
+            steps: "120",
+            max_len: "128",
+            window: "4",
+            lr: "3e-3",
+        })
+    }
+
+    fn real(name: &str) -> Self {
+        Self {
+            model: name.to_owned(),
+            title: name.to_owned(),
+            pull: true,
+            target_bpw: "4.5",
+            calibration_tokens: "512",
+            context: "256",
+            windows: "4",
+            steps: "40",
+            max_len: "96",
+            window: "8",
+            lr: "1e-3",
+        }
+    }
+}
+
+const QUESTION: &str = "What is my favourite drink?";
+
+/// Runs every stage, prints the summary, and returns its first line.
+fn show(settings: &Settings) -> Result<String> {
+    println!(
+        "EdgeLLM on {}: smaller, then tuned to one user, all on this machine.\n",
+        settings.title
+    );
+    let start = Instant::now();
+    let mut stages = Stages::new(settings)?;
+    let parameters = stages.prepare()?;
+    let units = stages.plan()?;
+    let (bytes_before, bytes_after) = stages.compress()?;
+    let (base, small) = stages.quality()?;
+    let (loss_before, loss_after) = stages.tune()?;
+    let votes = stages.votes()?;
+    let (answer_before, answer_after) = stages.answers()?;
+    let summary = Summary {
+        title: settings.title.clone(),
+        parameters,
+        bytes_before,
+        bytes_after,
+        units,
+        perplexity_base: number(&base, "perplexity")?,
+        perplexity_small: number(&small, "perplexity")?,
+        kl: number(&small, "kl")?,
+        top1_agreement: number(&small, "top1_agreement")?,
+        loss_before,
+        loss_after,
+        votes,
+        question: QUESTION.to_owned(),
+        answer_before,
+        answer_after,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    println!("\n{}", summary.render());
+    println!("Everything it wrote is in {}", stages.folder.display());
+    Ok(summary.headline())
+}
+
+/// The stages, each of which says what it does and how long it took.
+struct Stages<'a> {
+    settings: &'a Settings,
+    edgellm: Edgellm,
+    folder: PathBuf,
+    fixtures: PathBuf,
+    done: usize,
+}
+
+const N_STAGES: usize = 8;
+
+impl<'a> Stages<'a> {
+    fn new(settings: &'a Settings) -> Result<Self> {
+        let edgellm = Edgellm::build(&[])?;
+        let folder = repo::target()?.join("demo");
+        match fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(e).context("cannot clear the demo's folder");
+            }
+            _ => fs::create_dir_all(&folder)?,
+        }
+        Ok(Self {
+            settings,
+            edgellm,
+            folder,
+            fixtures: repo::root()?.join("fixtures"),
+            done: 0,
+        })
+    }
+
+    fn stage<T>(&mut self, what: &str, run: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
+        self.done += 1;
+        println!("[{}/{N_STAGES}] {what}", self.done);
+        let start = Instant::now();
+        let result = run(self).with_context(|| format!("the demo's stage '{what}' failed"))?;
+        println!("      {:.1} s", start.elapsed().as_secs_f64());
+        Ok(result)
+    }
+
+    /// A path in the demo's folder as an argument.
+    fn path(&self, name: &str) -> Result<String> {
+        Ok(arg(&self.folder.join(name))?.to_owned())
+    }
+
+    fn fixture(&self, name: &str) -> Result<String> {
+        Ok(arg(&self.fixtures.join(name))?.to_owned())
+    }
+
+    /// Fetches the model where that is needed, looks into it, and returns how many parameters it has.
+    fn prepare(&mut self) -> Result<f64> {
+        self.stage("inspect: what is in the model", |s| {
+            if s.settings.pull {
+                s.edgellm.pull(&s.settings.model)?;
+            }
+            number(
+                &s.edgellm.json(["inspect", &s.settings.model])?,
+                "parameters",
+            )
+        })
+    }
+
+    fn plan(&mut self) -> Result<Vec<Unit>> {
+        self.stage(
+            "measure: how much each layer suffers from each width",
+            |s| {
+                let (out, calibration) = (
+                    s.path("measurement.json")?,
+                    s.fixture("text/calibration.txt")?,
+                );
+                let tokens = s.settings.calibration_tokens;
+                let model = &s.settings.model;
+                let args = [
+                    "measure",
+                    "-m",
+                    model,
+                    "-o",
+                    &out,
+                    "--text",
+                    &calibration,
+                    "--tokens",
+                    tokens,
+                ];
+                s.edgellm
+                    .json(args.into_iter().chain(["--group-size", "32"]))
+            },
+        )?;
+        self.stage("plan: the widths that cost least for the size", |s| {
+            let (measurement, out) = (s.path("measurement.json")?, s.path("policy.toml")?);
+            let bpw = s.settings.target_bpw;
+            let args = [
+                "plan",
+                "--measurement",
+                &measurement,
+                "--solver",
+                "solve",
+                "--target-bpw",
+                bpw,
+                "-o",
+                &out,
+            ];
+            let plan = s.edgellm.json(args)?;
+            let units = plan["units"].as_array().context("no units in the plan")?;
+            units.iter().map(Unit::read).collect()
+        })
+    }
+
+    fn compress(&mut self) -> Result<(f64, f64)> {
+        self.stage("compress: write the smaller model", |s| {
+            let (policy, out) = (s.path("policy.toml")?, s.path("compressed")?);
+            let json = s.edgellm.json([
+                "compress",
+                "-m",
+                &s.settings.model,
+                "--policy",
+                &policy,
+                "-o",
+                &out,
+            ])?;
+            Ok((
+                number(&json, "bytes_before")?,
+                number(&json, "bytes_after")?,
+            ))
+        })
+    }
+
+    /// Perplexity of the base, and of the compressed model with its distance from the base.
+    fn quality(&mut self) -> Result<(Value, Value)> {
+        self.stage("eval: what the smaller size costs", |s| {
+            let (base, small, text) = (
+                &s.settings.model,
+                s.path("compressed")?,
+                s.fixture("text/heldout.txt")?,
+            );
+            let window = [
+                "--text",
+                &text,
+                "--context",
+                s.settings.context,
+                "--windows",
+                s.settings.windows,
+            ];
+            let of_base = s
+                .edgellm
+                .json(["eval", "-m", base].into_iter().chain(window))?;
+            let of_small = s.edgellm.json(
+                ["eval", "-m", &small, "--base", base]
+                    .into_iter()
+                    .chain(window),
+            )?;
+            Ok((of_base, of_small))
+        })
+    }
+
+    /// Held-out loss before and after.
+    fn tune(&mut self) -> Result<(f64, f64)> {
+        self.stage("adapt: learn what one user told it", |s| {
+            let (model, out) = (s.path("compressed")?, s.path("adapter")?);
+            let (data, heldout) = (
+                s.fixture("instruct/train.jsonl")?,
+                s.fixture("instruct/heldout.jsonl")?,
+            );
+            let set = s.settings;
+            let mut args = vec![
+                "adapt",
+                "-m",
+                &model,
+                "--data",
+                &data,
+                "--eval-data",
+                &heldout,
+                "-o",
+                &out,
+            ];
+            args.extend([
+                "--steps",
+                set.steps,
+                "--batch",
+                "4",
+                "--max-len",
+                set.max_len,
+                "--window",
+                set.window,
+            ]);
+            args.extend([
+                "--exits",
+                "4",
+                "--rank",
+                "8",
+                "--alpha",
+                "16",
+                "--lr",
+                set.lr,
+                "--template",
+                "chat",
+            ]);
+            let json = s.edgellm.json(args)?;
+            Ok((
+                number(&json, "heldout_before")?,
+                number(&json, "heldout_after")?,
+            ))
+        })
+    }
+
+    /// Held-out loss of the tuned model by how its exits vote.
+    fn votes(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        self.stage("eval: let the exits vote", |s| {
+            let (model, adapter) = (s.path("compressed")?, s.path("adapter")?);
+            let heldout = s.fixture("instruct/heldout.jsonl")?;
+            let args = [
+                "eval",
+                "-m",
+                &model,
+                "--adapter",
+                &adapter,
+                "--data",
+                &heldout,
+                "--template",
+                "chat",
+            ];
+            VOTES
+                .iter()
+                .map(|vote| {
+                    let json = s.edgellm.json(args.into_iter().chain(["--vote", vote]))?;
+                    Ok((*vote, number(&json, "heldout_loss")?))
+                })
+                .collect()
+        })
+    }
+
+    /// The answer to one question before and after tuning.
+    fn answers(&mut self) -> Result<(String, String)> {
+        self.stage("run: ask the same question before and after", |s| {
+            let (model, adapter) = (s.path("compressed")?, s.path("adapter")?);
+            let ask = [
+                "run", "-m", &model, "-p", QUESTION, "--temp", "0", "-n", "60",
+            ];
+            let before = s.edgellm.json(ask)?;
+            let after = s
+                .edgellm
+                .json(ask.into_iter().chain(["--adapter", &adapter]))?;
+            Ok((
+                text(&before, "text")?.trim().to_owned(),
+                text(&after, "text")?.trim().to_owned(),
+            ))
+        })
+    }
+}

@@ -1,0 +1,342 @@
+//! `cargo xtask test`: everything CI runs, in order. A step that cannot run here says why and counts as skipped, never as
+//! passed; a failed step does not keep the later ones from running.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use xshell::cmd;
+
+use crate::edgellm::{Edgellm, SMOLLM2};
+use crate::{checks, cross, demo, golden, repo};
+
+/// Runs everything that CI runs.
+#[derive(Args)]
+pub(crate) struct Test {
+    /// Only what needs no other toolchain, device, Python or download.
+    #[arg(long)]
+    quick: bool,
+    /// Only the steps whose name contains this.
+    #[arg(long, value_name = "WORD")]
+    only: Option<String>,
+}
+
+/// How a step ended, other than by an error.
+enum Outcome {
+    Passed(String),
+    NotRun(String),
+}
+
+struct Step {
+    name: &'static str,
+    /// Part of `--quick`.
+    quick: bool,
+    run: fn() -> Result<Outcome>,
+}
+
+const STEPS: [Step; 16] = [
+    Step {
+        name: "format",
+        quick: true,
+        run: format,
+    },
+    Step {
+        name: "lints",
+        quick: true,
+        run: lints,
+    },
+    Step {
+        name: "tests",
+        quick: true,
+        run: tests,
+    },
+    Step {
+        name: "examples in the docs",
+        quick: true,
+        run: doc_tests,
+    },
+    Step {
+        name: "demo on the fixture",
+        quick: true,
+        run: demo_run,
+    },
+    Step {
+        name: "operators on ndarray and wgpu",
+        quick: false,
+        run: wgpu_operators,
+    },
+    Step {
+        name: "aarch64: build",
+        quick: false,
+        run: || on_aarch64(cross::build),
+    },
+    Step {
+        name: "aarch64: kernels, -cpu max",
+        quick: false,
+        run: || on_aarch64(|| cross::kernel_tests("max")),
+    },
+    Step {
+        name: "aarch64: kernels, -cpu cortex-a57",
+        quick: false,
+        run: || on_aarch64(|| cross::kernel_tests("cortex-a57")),
+    },
+    Step {
+        name: "aarch64: the command",
+        quick: false,
+        run: || on_aarch64(|| cross::command("max")),
+    },
+    Step {
+        name: "adapter layout",
+        quick: false,
+        run: || checks::adapter(&Edgellm::build(&[])?).map(Outcome::Passed),
+    },
+    Step {
+        name: "GGUF types",
+        quick: false,
+        run: || checks::gguf_types(&Edgellm::build(&[])?).map(Outcome::Passed),
+    },
+    Step {
+        name: "pull the real model",
+        quick: false,
+        run: pull,
+    },
+    Step {
+        name: "GGUF of the real model",
+        quick: false,
+        run: gguf_of_the_real_model,
+    },
+    Step {
+        name: "parity on flex",
+        quick: false,
+        run: || parity("flex", golden::Parts::All),
+    },
+    Step {
+        name: "parity on ndarray",
+        quick: false,
+        run: || parity("ndarray", golden::Parts::All),
+    },
+];
+
+impl Test {
+    pub(crate) fn run(&self) -> Result<()> {
+        let mut rows = Vec::new();
+        for (i, step) in STEPS.iter().enumerate() {
+            if self
+                .only
+                .as_ref()
+                .is_some_and(|word| !step.name.contains(word.as_str()))
+            {
+                continue;
+            }
+            println!("\n=== {}/{} {} ===", i + 1, STEPS.len(), step.name);
+            let start = Instant::now();
+            let skip = self.quick && !step.quick;
+            let outcome = if skip {
+                Ok(Outcome::NotRun("--quick".to_owned()))
+            } else {
+                (step.run)()
+            };
+            if let Err(error) = &outcome {
+                eprintln!("error: {error:#}");
+            }
+            rows.push((step.name, start.elapsed(), outcome));
+        }
+        report(&rows)
+    }
+}
+
+/// The closing table and line.
+fn report(rows: &[(&str, Duration, Result<Outcome>)]) -> Result<()> {
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    println!("\n{:<36} {:>6}  result", "step", "time");
+    for (name, time, outcome) in rows {
+        let (count, word, detail) = match outcome {
+            Ok(Outcome::Passed(detail)) => (&mut passed, "passed", detail.clone()),
+            Ok(Outcome::NotRun(reason)) => (&mut skipped, "not run", reason.clone()),
+            Err(error) => (&mut failed, "FAILED", first_line(&format!("{error:#}"))),
+        };
+        *count += 1;
+        let colon = if detail.is_empty() { "" } else { ": " };
+        println!("{name:<36} {:>6}  {word}{colon}{detail}", clock(*time));
+    }
+    println!("\nsteps: {passed} passed, {failed} failed, {skipped} skipped");
+    if failed > 0 || passed == 0 {
+        std::process::exit(1);
+    }
+    Ok(())
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+/// "3:07".
+fn clock(time: Duration) -> String {
+    format!("{}:{:02}", time.as_secs() / 60, time.as_secs() % 60)
+}
+
+fn passed() -> Result<Outcome> {
+    Ok(Outcome::Passed(String::new()))
+}
+
+fn format() -> Result<Outcome> {
+    let shell = repo::shell()?;
+    cmd!(shell, "cargo fmt --all --check").quiet().run()?;
+    passed()
+}
+
+fn lints() -> Result<Outcome> {
+    let shell = repo::shell()?;
+    cmd!(
+        shell,
+        "cargo clippy --workspace --all-targets -- -D warnings"
+    )
+    .quiet()
+    .run()?;
+    passed()
+}
+
+/// Installs the test runner where it is missing.
+fn nextest() -> Result<()> {
+    let shell = repo::shell()?;
+    if cmd!(shell, "cargo nextest --version")
+        .quiet()
+        .ignore_stdout()
+        .ignore_stderr()
+        .run()
+        .is_err()
+    {
+        cmd!(shell, "cargo install cargo-nextest --locked")
+            .quiet()
+            .run()?;
+    }
+    Ok(())
+}
+
+fn tests() -> Result<Outcome> {
+    let shell = repo::shell()?;
+    nextest()?;
+    cmd!(
+        shell,
+        "cargo nextest run --release --workspace --no-fail-fast"
+    )
+    .quiet()
+    .run()?;
+    passed()
+}
+
+fn doc_tests() -> Result<Outcome> {
+    let shell = repo::shell()?;
+    cmd!(shell, "cargo test --doc --release --workspace")
+        .quiet()
+        .run()?;
+    passed()
+}
+
+fn demo_run() -> Result<Outcome> {
+    demo::on_fixture().map(Outcome::Passed)
+}
+
+/// Mesa's software Vulkan driver, which is the same everywhere, so that wgpu's results do not depend on the machine.
+fn lavapipe() -> Result<Option<PathBuf>> {
+    for folder in ["/usr/share/vulkan/icd.d", "/etc/vulkan/icd.d"] {
+        let Ok(entries) = fs::read_dir(folder) else {
+            continue;
+        };
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with("lvp_icd") {
+                return Ok(Some(entry.path()));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// The features change all of Burn, so this build has its own folder, and the dev profile, which is quicker to build.
+fn wgpu_operators() -> Result<Outcome> {
+    let Some(driver) = lavapipe()? else {
+        return Ok(Outcome::NotRun(
+            "no lavapipe (Debian: mesa-vulkan-drivers)".to_owned(),
+        ));
+    };
+    nextest()?;
+    let shell = repo::shell()?;
+    let folder = repo::target()?.join("wgpu");
+    let runtime = repo::scratch("runtime")?;
+    cmd!(
+        shell,
+        "cargo nextest run -p edgellm-kernels --features ndarray,wgpu --target-dir {folder} --no-fail-fast"
+    )
+    .env("VK_ICD_FILENAMES", driver)
+    .env("XDG_RUNTIME_DIR", runtime)
+    .quiet()
+    .run()?;
+    passed()
+}
+
+fn on_aarch64(step: impl Fn() -> Result<String>) -> Result<Outcome> {
+    match cross::missing() {
+        Some(reason) => Ok(Outcome::NotRun(reason)),
+        None => step().map(Outcome::Passed),
+    }
+}
+
+fn pull() -> Result<Outcome> {
+    let path = Edgellm::build(&[])?.pull(SMOLLM2)?;
+    Ok(Outcome::Passed(path.display().to_string()))
+}
+
+fn gguf_of_the_real_model() -> Result<Outcome> {
+    let edgellm = Edgellm::build(&[])?;
+    let path = edgellm.pull(SMOLLM2)?;
+    let file = if path.is_dir() { gguf_in(&path)? } else { path };
+    checks::gguf_file(&edgellm, &file).map(Outcome::Passed)
+}
+
+fn gguf_in(folder: &std::path::Path) -> Result<PathBuf> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|end| end == "gguf") {
+            return Ok(path);
+        }
+    }
+    bail!("no GGUF file in {}", folder.display())
+}
+
+fn parity(device: &str, parts: golden::Parts) -> Result<Outcome> {
+    let Some(folder) = golden::folder()? else {
+        return Ok(Outcome::NotRun("no ../shared/golden".to_owned()));
+    };
+    let features: &[&str] = if device == "flex" { &[] } else { &[device] };
+    let edgellm = Edgellm::build(features)?.on(device);
+    edgellm
+        .pull(SMOLLM2)
+        .context("the model could not be pulled")?;
+    golden::compare(&edgellm, &folder, golden::tolerance(device), parts).map(Outcome::Passed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_minutes_and_seconds() {
+        assert_eq!(clock(Duration::from_secs(187)), "3:07");
+        assert_eq!(clock(Duration::from_millis(900)), "0:00");
+    }
+
+    #[test]
+    fn steps_have_different_names_that_fit_the_table() {
+        for (i, step) in STEPS.iter().enumerate() {
+            assert!(step.name.len() <= 36, "{}", step.name);
+            assert!(
+                STEPS[..i].iter().all(|other| other.name != step.name),
+                "{}",
+                step.name
+            );
+        }
+    }
+}
