@@ -1,0 +1,31 @@
+//! Evaluation and analytics: [`perplexity`](perplexity()) of a text, [`kl_divergence`] from a base model, loss on held-out
+//! examples ([`heldout_loss`]), and metrics as JSON lines ([`JsonLines`]).
+//!
+//! ```
+//! use burn::tensor::Device;
+//! use edgellm_eval::{kl_divergence, perplexity};
+//! use edgellm_model::testing::tiny_decoder;
+//!
+//! let (base, other) = (tiny_decoder(0, &Device::flex()), tiny_decoder(1, &Device::flex()));
+//! let text: Vec<u32> = (0..100).map(|i| i * 37 % 256).collect();
+//! let result = perplexity(&base, None, &text, 32, None, &mut |_| {})?;
+//! assert_eq!((result.windows, result.tokens), (3, 93));
+//! assert!(kl_divergence(&base, &other, None, &text, 32, None, &mut |_| {})?.kl > 0.0);
+//! # Ok::<(), edgellm_eval::EvalError>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod divergence;
+mod error;
+mod heldout;
+mod metrics;
+mod perplexity;
+mod windows;
+
+pub use divergence::{Divergence, kl_divergence};
+pub use error::{EvalError, Result};
+pub use heldout::{ExitLoss, HeldOut, heldout_loss};
+pub use metrics::{JsonLines, peak_rss_bytes};
+pub use perplexity::{Perplexity, perplexity};
+pub use windows::Progress;

@@ -1,0 +1,188 @@
+//! Perplexity, divergence and held-out loss on the tiny model, against direct computation from its logits.
+
+use burn::tensor::{Device, Tensor};
+use edgellm_eval::{EvalError, heldout_loss, kl_divergence, perplexity};
+use edgellm_model::adapter::{Adapter, LoraConfig};
+use edgellm_model::data::Example;
+use edgellm_model::decoder::Decoder;
+use edgellm_model::generate::to_vec;
+use edgellm_model::sample::log_softmax;
+use edgellm_model::testing::{decoder_of, tiny_config, tiny_decoder};
+use edgellm_model::traits::Voter;
+use edgellm_model::values::Projection;
+use serde_json::json;
+
+const VOCAB: usize = 288;
+
+fn text() -> Vec<u32> {
+    (0..100).map(|i| i * 53 % 288).collect()
+}
+
+fn adapter(decoder: &Decoder) -> Adapter {
+    let lora = LoraConfig { rank: 2, alpha: 4.0, use_rslora: false, targets: vec![Projection::O] };
+    let mut adapter = Adapter::new(decoder.config(), lora, 7, decoder.device()).unwrap();
+    for index in 0..decoder.n_blocks() {
+        let lora = adapter.block_mut(index).unwrap().get_mut(Projection::O).as_mut().unwrap();
+        lora.b = Tensor::ones(lora.b.dims(), decoder.device()).mul_scalar(0.05);
+    }
+    adapter
+}
+
+/// Log-probabilities at every position, at the exit after `exit` blocks.
+fn log_probs(decoder: &Decoder, adapter: Option<&Adapter>, ids: &[u32], exit: usize) -> Vec<Vec<f32>> {
+    let x = decoder.run_blocks(decoder.embed(&[ids]).unwrap(), 0..exit, adapter, None).unwrap();
+    let x = decoder.exit_norm(x.reshape([ids.len(), 64]), exit, adapter);
+    let mut rows: Vec<Vec<f32>> = to_vec(decoder.logits(x)).unwrap().chunks(VOCAB).map(<[f32]>::to_vec).collect();
+    rows.iter_mut().for_each(|row| log_softmax(row));
+    rows
+}
+
+#[track_caller]
+fn close(found: f64, expected: f64) {
+    assert!((found - expected).abs() <= 2e-5 * expected.abs(), "found {found}, expected {expected}");
+}
+
+#[test]
+fn perplexity_is_its_definition() {
+    let decoder = tiny_decoder(1, &Device::flex());
+    let adapter = adapter(&decoder);
+    for adapter in [None, Some(&adapter)] {
+        let (mut all, mut second) = (Vec::new(), Vec::new());
+        for window in text().chunks_exact(33).take(2) {
+            let rows = log_probs(&decoder, adapter, window, 4);
+            let losses: Vec<f64> = (0..32).map(|i| -f64::from(rows[i][window[i + 1] as usize])).collect();
+            second.extend_from_slice(&losses[16..]);
+            all.extend(losses);
+        }
+        let mean = |v: &[f64]| (v.iter().sum::<f64>() / v.len() as f64).exp();
+        let mut seen = Vec::new();
+        let found = perplexity(&decoder, adapter, &text(), 33, Some(2), &mut |p| seen.push((p.done, p.total))).unwrap();
+        close(found.all_targets, mean(&all));
+        close(found.second_half, mean(&second));
+        assert_eq!((found.tokens, found.windows), (64, 2));
+        assert_eq!(seen, [(1, 2), (2, 2)]);
+    }
+}
+
+#[test]
+fn a_head_that_is_not_packed_scores_the_same() {
+    let decoder = tiny_decoder(1, &Device::flex());
+    let dense = decoder.clone().with_embedding(edgellm_model::decoder::Weight::Dense(decoder.embedding().dequantize()));
+    // Longer than a chunk of the dense head.
+    let text: Vec<u32> = text().into_iter().cycle().take(400).collect();
+    let run = |d: &Decoder| perplexity(d, None, &text, 200, None, &mut |_| {}).unwrap();
+    close(run(&dense).all_targets, run(&decoder).all_targets);
+    close(run(&dense).second_half, run(&decoder).second_half);
+}
+
+#[test]
+fn divergence_is_its_definition_and_zero_from_itself() {
+    let base = tiny_decoder(1, &Device::flex());
+    let adapter = adapter(&base);
+    let (mut all, mut second, mut same) = (0.0, 0.0, 0);
+    for window in text().chunks_exact(50) {
+        let p = log_probs(&base, None, window, 4);
+        let q = log_probs(&base, Some(&adapter), window, 4);
+        for i in 0..49 {
+            let term = |(p, q): (&f32, &f32)| f64::from(*p).exp() * (f64::from(*p) - f64::from(*q));
+            let kl: f64 = p[i].iter().zip(&q[i]).map(term).sum();
+            all += kl;
+            second += if i >= 25 { kl } else { 0.0 };
+            let top = |row: &[f32]| edgellm_model::sample::argmax(row);
+            same += usize::from(top(&p[i]) == top(&q[i]));
+        }
+    }
+    let found = kl_divergence(&base, &base, Some(&adapter), &text(), 50, None, &mut |_| {}).unwrap();
+    let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-5 + 1e-3 * b, "found {a}, expected {b}");
+    near(found.kl, all / 98.0);
+    near(found.second_half_kl, second / 48.0);
+    assert_eq!(found.top1_agreement, same as f64 / 98.0);
+    assert!(found.kl > 1e-4 && found.tokens == 98 && found.windows == 2);
+    let none = kl_divergence(&base, &base, None, &text(), 50, None, &mut |_| {}).unwrap();
+    assert_eq!((none.kl, none.second_half_kl, none.top1_agreement), (0.0, 0.0, 1.0));
+}
+
+#[test]
+fn vocabularies_must_agree() {
+    let base = tiny_decoder(1, &Device::flex());
+    let other = decoder_of(&tiny_config(json!({"vocab_size": 300})), 1, &Device::flex());
+    let error = kl_divergence(&base, &other, None, &text(), 50, None, &mut |_| {}).unwrap_err();
+    assert!(error.to_string().contains("288"), "{error}");
+}
+
+/// The geometric mean, not normalised: enough to see what the voter is given.
+struct Blend;
+
+impl Voter for Blend {
+    fn name(&self) -> &'static str {
+        "blend"
+    }
+
+    fn vote(&self, exits: &[&[f32]], out: &mut [f32]) {
+        for (i, value) in out.iter_mut().enumerate() {
+            *value = exits.iter().map(|e| e[i]).sum::<f32>() / exits.len() as f32;
+        }
+    }
+}
+
+fn examples() -> Vec<Example> {
+    let long: Vec<u32> = (0..150).map(|i| i * 31 % 288).collect();
+    vec![
+        Example::new(&[1, 2, 3], &[4, 5, 6, 7, 256]),
+        Example::new(&[9], &[8, 256]),
+        Example::new(&long[..20], &long[20..]),
+        Example::new(&[1, 2, 3], &[]),
+        Example::new(&[], &[11, 12, 13]),
+    ]
+}
+
+#[test]
+fn heldout_loss_weighs_response_tokens_alike() {
+    let decoder = tiny_decoder(1, &Device::flex());
+    let adapter = adapter(&decoder);
+    let exits = [1, 2, 4];
+    let mut expected = [0.0; 4];
+    let mut tokens = 0;
+    for example in examples() {
+        let rows = exits.map(|exit| log_probs(&decoder, Some(&adapter), &example.ids, exit));
+        for position in 1..example.ids.len() {
+            if !example.is_target(position) {
+                continue;
+            }
+            tokens += 1;
+            let scores = rows.each_ref().map(|r| f64::from(r[position - 1][example.ids[position] as usize]));
+            for (sum, score) in expected.iter_mut().zip(scores) {
+                *sum -= score;
+            }
+            expected[3] -= scores.iter().sum::<f64>() / 3.0;
+        }
+    }
+    assert_eq!(tokens, 5 + 2 + 130 + 2);
+    for voter in [None, Some(&Blend as &dyn Voter)] {
+        let found = heldout_loss(&decoder, Some(&adapter), &exits, voter, &examples(), &mut |_| {}).unwrap();
+        assert_eq!((found.tokens, found.examples), (tokens, 4));
+        for ((exit, loss), sum) in exits.iter().zip(&found.by_exit).zip(expected) {
+            assert_eq!(loss.exit, *exit);
+            close(loss.loss, sum / tokens as f64);
+        }
+        match voter {
+            None => assert_eq!(found.vote, None),
+            Some(_) => close(found.vote.unwrap(), expected[3] / tokens as f64),
+        }
+    }
+}
+
+#[test]
+fn impossible_requests_are_errors() {
+    let decoder = tiny_decoder(1, &Device::flex());
+    let check = |exits: &[usize], examples: &[Example]| {
+        heldout_loss(&decoder, None, exits, None, examples, &mut |_| {}).unwrap_err()
+    };
+    for exits in [&[][..], &[0, 4], &[2, 2], &[4, 2], &[5]] {
+        assert!(matches!(check(exits, &examples()), EvalError::Setting { what: "exits", .. }), "{exits:?}");
+    }
+    assert!(matches!(check(&[4], &[Example::new(&[1, 2], &[])]), EvalError::TooLittle { .. }));
+    assert!(check(&[4], &[Example::new(&[1], &[999, 1])]).to_string().contains("999"));
+    let short = perplexity(&decoder, None, &[1, 2, 3], 4, None, &mut |_| {}).unwrap_err();
+    assert!(matches!(short, EvalError::TooLittle { needed: 4, found: 3, .. }), "{short}");
+}

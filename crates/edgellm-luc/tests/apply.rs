@@ -1,0 +1,188 @@
+//! Compressed directories: what is written is, loaded again, the model that was compressed in memory.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use edgellm_luc::{Rtn, compress_decoder, compress_model, uniform_policy};
+use edgellm_model::config::ModelConfig;
+use edgellm_model::decoder::{Decoder, LoadOptions};
+use edgellm_model::files::ModelFiles;
+use edgellm_model::generate::to_vec;
+use edgellm_model::testing::{decoder_of, tiny_config, tiny_model_dir, write_model_dir};
+use edgellm_model::values::{CompressionPolicy, Granularity, LayerFormat, Projection, Unit, UnitPolicy};
+use serde_json::json;
+
+fn load(files: &ModelFiles) -> Decoder {
+    Decoder::load(files, &LoadOptions { device: Device::flex(), expand: false }).unwrap()
+}
+
+fn logits(decoder: &Decoder) -> Vec<f32> {
+    to_vec(decoder.forward(&[5, 200, 17, 99, 257, 0, 42], None, None).unwrap()).unwrap()
+}
+
+/// Compresses the model of `config` both ways and compares; returns bits per weight.
+fn check(config: &ModelConfig, policy: &CompressionPolicy) -> f64 {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
+    write_model_dir(&source, config, 7).unwrap();
+    let files = ModelFiles::open(&source).unwrap();
+    let in_memory = compress_decoder(&load(&files), policy, &Rtn).unwrap();
+    let applied = compress_model(&files, policy, &Rtn, &target, false, &mut |_| {}).unwrap();
+    let reopened = ModelFiles::open(&target).unwrap();
+    let reloaded = load(&reopened);
+    let (a, b) = (logits(&in_memory), logits(&reloaded));
+    assert!(a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits()), "logits differ");
+    assert!(a.iter().all(|v| v.is_finite()));
+    assert_eq!(reopened.quantization().unwrap().policy.as_ref(), Some(policy));
+    assert_eq!(applied.bytes_before, files.file_bytes());
+    assert_eq!(applied.bytes_after, reopened.file_bytes());
+    // The tokenizer and the template came along.
+    let text = "Grüße, 世界!";
+    let tokens = |f: &ModelFiles| f.tokenizer().unwrap().encode(text, true).unwrap();
+    assert_eq!(tokens(&files), tokens(&reopened));
+    assert_eq!(
+        files.chat_template().unwrap().unwrap().source(),
+        reopened.chat_template().unwrap().unwrap().source()
+    );
+    applied.bits_per_weight
+}
+
+#[test]
+fn every_format_reloads_bit_for_bit() {
+    let config = tiny_config(json!({}));
+    for bits in [2, 3, 4, 5, 6, 8] {
+        for (group, symmetric) in [(32, false), (64, true), (128, false)] {
+            let format = LayerFormat::quantized(bits, group, symmetric);
+            let found = check(&config, &uniform_policy(config.n_layers, format).unwrap());
+            assert!(found > f64::from(bits) && found < f64::from(bits) + 1.5, "{format}: {found} bits per weight");
+        }
+    }
+    for bits in [16u8, 32] {
+        let found = check(&config, &uniform_policy(config.n_layers, LayerFormat::float(bits)).unwrap());
+        assert_eq!(found, f64::from(bits));
+    }
+}
+
+#[test]
+fn f32_changes_nothing() {
+    let config = tiny_config(json!({}));
+    let decoder = decoder_of(&config, 7, &Device::flex());
+    let policy = uniform_policy(config.n_layers, LayerFormat::float(32)).unwrap();
+    assert_eq!(logits(&decoder), logits(&compress_decoder(&decoder, &policy, &Rtn).unwrap()));
+}
+
+#[test]
+fn pruned_and_mixed_units_with_ragged_rows_and_an_own_head() {
+    // Rows of 36, 18 and 85 columns: padding in every format, odd rows of f16.
+    let config = tiny_config(json!({
+        "architectures": ["Qwen3ForCausalLM"], "hidden_size": 36, "intermediate_size": 85, "num_attention_heads": 3,
+        "num_key_value_heads": 1, "head_dim": 6, "num_hidden_layers": 2, "tie_word_embeddings": false,
+        "attention_bias": true,
+    }));
+    let formats = [
+        LayerFormat::quantized(3, 32, true).with_sparsity(0.5),
+        LayerFormat::float(16),
+        LayerFormat::quantized(5, 32, false),
+        LayerFormat::float(16).with_sparsity(0.25),
+        LayerFormat::quantized(8, 128, true),
+        LayerFormat::float(32),
+        LayerFormat::float(16),
+    ];
+    let mut policy = uniform_policy(0, LayerFormat::quantized(6, 64, false)).unwrap();
+    policy.granularity = Granularity::Linear;
+    for block in 0..2 {
+        for (projection, format) in Projection::ALL.into_iter().zip(formats) {
+            policy.units.push(UnitPolicy { unit: Unit::Linear(block, projection), format });
+        }
+    }
+    check(&config, &policy);
+    policy.units.push(UnitPolicy { unit: Unit::Head, format: LayerFormat::float(16) });
+    check(&config, &policy);
+}
+
+#[test]
+fn qwen2_biases_survive() {
+    let config = tiny_config(json!({"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 2}));
+    check(&config, &uniform_policy(2, LayerFormat::quantized(4, 32, false)).unwrap());
+}
+
+#[test]
+fn a_compressed_model_can_be_compressed_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, eight, four) = (folder.path().join("s"), folder.path().join("8"), folder.path().join("4"));
+    tiny_model_dir(&source, 1).unwrap();
+    let policy = |bits| uniform_policy(4, LayerFormat::quantized(bits, 32, false)).unwrap();
+    let files = ModelFiles::open(&source).unwrap();
+    compress_model(&files, &policy(8), &Rtn, &eight, false, &mut |_| {}).unwrap();
+    let files = ModelFiles::open(&eight).unwrap();
+    compress_model(&files, &policy(4), &Rtn, &four, false, &mut |_| {}).unwrap();
+    let expected = compress_decoder(&load(&files), &policy(4), &Rtn).unwrap();
+    assert_eq!(logits(&expected), logits(&load(&ModelFiles::open(&four).unwrap())));
+}
+
+fn refused(policy: &CompressionPolicy, source: &Path, target: &Path, force: bool) -> String {
+    let files = ModelFiles::open(source).unwrap();
+    compress_model(&files, policy, &Rtn, target, force, &mut |_| {}).unwrap_err().to_string()
+}
+
+#[test]
+fn what_is_there_stays_unless_it_is_a_compressed_model_and_forced() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
+    tiny_model_dir(&source, 1).unwrap();
+    let policy = uniform_policy(4, LayerFormat::quantized(4, 32, false)).unwrap();
+    let files = ModelFiles::open(&source).unwrap();
+    // Not ours: neither a folder with something in it, nor the source itself.
+    std::fs::create_dir(&target).unwrap();
+    std::fs::write(target.join("thesis.txt"), "years of work").unwrap();
+    assert!(refused(&policy, &source, &target, false).contains("exists"));
+    assert!(refused(&policy, &source, &target, true).contains("compressed model"));
+    assert!(refused(&policy, &source, &source, true).contains("compressed model"));
+    assert_eq!(std::fs::read_to_string(target.join("thesis.txt")).unwrap(), "years of work");
+    // An empty folder, then a compressed model.
+    std::fs::remove_file(target.join("thesis.txt")).unwrap();
+    for bits in [4, 2] {
+        let policy = uniform_policy(4, LayerFormat::quantized(bits, 32, false)).unwrap();
+        compress_model(&files, &policy, &Rtn, &target, true, &mut |_| {}).unwrap();
+        assert_eq!(ModelFiles::open(&target).unwrap().quantization().unwrap().policy.as_ref(), Some(&policy));
+    }
+    let mut names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["source", "target"], "nothing may be left beside");
+}
+
+#[test]
+fn policies_that_do_not_fit_are_refused_and_nothing_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
+    tiny_model_dir(&source, 1).unwrap();
+    let format = LayerFormat::quantized(4, 32, false);
+    let small = uniform_policy(3, format).unwrap();
+    assert!(refused(&small, &source, &target, false).contains("block.3"));
+    let large = uniform_policy(5, format).unwrap();
+    assert!(refused(&large, &source, &target, false).contains("block.4"));
+    let mut twice = uniform_policy(4, format).unwrap();
+    twice.units.push(twice.units[1].clone());
+    assert!(refused(&twice, &source, &target, false).contains("twice"));
+    let mut overflowing = uniform_policy(4, LayerFormat::float(16)).unwrap();
+    overflowing.units[2].format = LayerFormat { bit_width: 9, ..format };
+    assert!(refused(&overflowing, &source, &target, false).contains('9'));
+    let decoder = load(&ModelFiles::open(&source).unwrap());
+    assert!(compress_decoder(&decoder, &small, &Rtn).is_err());
+    assert!(compress_decoder(&decoder, &large, &Rtn).is_err());
+    assert!(!target.exists());
+}
+
+#[test]
+fn progress_reaches_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    tiny_model_dir(&source, 1).unwrap();
+    let policy = uniform_policy(4, LayerFormat::quantized(4, 32, false)).unwrap();
+    let mut seen = Vec::new();
+    let files = ModelFiles::open(&source).unwrap();
+    compress_model(&files, &policy, &Rtn, &folder.path().join("t"), false, &mut |p| seen.push((p.done, p.total))).unwrap();
+    assert_eq!(seen.first().unwrap().0, 0);
+    assert!(seen.windows(2).all(|pair| pair[0].0 < pair[1].0));
+    assert_eq!(seen.last().unwrap().0, seen.last().unwrap().1);
+}

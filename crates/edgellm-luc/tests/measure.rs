@@ -1,0 +1,182 @@
+//! Sensitivities on the tiny model: against direct computation, and their properties.
+
+use burn::tensor::{Device, Tensor};
+use edgellm_kernels::rms_norm;
+use edgellm_luc::{LucError, Rtn, compress_decoder, measure, option_grid, uniform_policy};
+use edgellm_model::decoder::{Decoder, Weight};
+use edgellm_model::generate::to_vec;
+use edgellm_model::testing::{decoder_of, tiny_config, tiny_decoder};
+use edgellm_model::traits::Compressor;
+use edgellm_model::values::{Granularity, LayerFormat, Measurement, Projection, Unit, UnitPolicy, Value};
+use serde_json::json;
+
+fn windows() -> Vec<Vec<u32>> {
+    (0..3).map(|w| (0..20 + w).map(|i| (i * 53 + w * 11) % 288).collect()).collect()
+}
+
+fn run(decoder: &Decoder, options: &[LayerFormat], granularity: Granularity) -> Measurement {
+    measure(decoder, options, granularity, &windows(), &Rtn, &mut |_| {}).unwrap()
+}
+
+fn of(measurement: &Measurement, unit: Unit, option: usize) -> f64 {
+    measurement.units.iter().find(|u| u.unit == unit).unwrap().sensitivity[option]
+}
+
+#[track_caller]
+fn close(found: f64, expected: f64) {
+    assert!((found - expected).abs() <= 1e-3 * expected.abs(), "found {found}, expected {expected}");
+}
+
+/// The definition, in f64: mean over tokens of MSE over features by variance over features.
+fn relative_error(found: &[f32], expected: &[f32], features: usize) -> f64 {
+    let tokens = expected.len() / features;
+    let mut sum = 0.0;
+    for (found, expected) in found.chunks(features).zip(expected.chunks(features)) {
+        let n = features as f64;
+        let mean = expected.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+        let variance = expected.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / n;
+        let mse = found.iter().zip(expected).map(|(&f, &e)| (f64::from(f) - f64::from(e)).powi(2)).sum::<f64>() / n;
+        sum += mse / variance;
+    }
+    sum / tokens as f64
+}
+
+/// Values of the hidden states behind `blocks` blocks, all windows one after the other.
+fn hidden(decoder: &Decoder, blocks: usize) -> Vec<f32> {
+    let run = |w: &Vec<u32>| decoder.run_blocks(decoder.embed(&[w]).unwrap(), 0..blocks, None, None).unwrap();
+    windows().iter().flat_map(|w| to_vec(run(w)).unwrap()).collect()
+}
+
+/// The model with only one unit in `format`.
+fn only(decoder: &Decoder, unit: Unit, format: LayerFormat) -> Decoder {
+    let mut policy = uniform_policy(decoder.n_blocks(), LayerFormat::float(32)).unwrap();
+    policy.units.retain(|u| u.unit != unit);
+    policy.units.push(UnitPolicy { unit, format });
+    compress_decoder(decoder, &policy, &Rtn).unwrap()
+}
+
+#[test]
+fn a_block_s_sensitivity_is_the_definition() {
+    let decoder = tiny_decoder(5, &Device::flex());
+    let options = option_grid(&[2, 4], &[32], &[0.5]).unwrap();
+    let measurement = run(&decoder, &options, Granularity::Block);
+    for block in [0, 2] {
+        for (index, option) in options.iter().enumerate() {
+            // With one compressed block, its input is the uncompressed model's.
+            let compressed = hidden(&only(&decoder, Unit::Block(block), *option), block + 1);
+            let expected = relative_error(&compressed, &hidden(&decoder, block + 1), 64);
+            close(of(&measurement, Unit::Block(block), index), expected);
+        }
+    }
+}
+
+#[test]
+fn a_projection_s_sensitivity_is_the_definition() {
+    let decoder = tiny_decoder(5, &Device::flex());
+    let options = option_grid(&[3], &[32], &[]).unwrap();
+    let measurement = run(&decoder, &options, Granularity::Linear);
+    let block = decoder.store().block(1).unwrap();
+    let x = Tensor::<1>::from_floats(hidden(&decoder, 1).as_slice(), decoder.device()).reshape([63, 64]);
+    let x = rms_norm(x, block.attn_norm.clone(), decoder.config().rms_norm_eps);
+    let weight = block.linear(Projection::K).weight.dequantize();
+    let packed = Rtn.compress(&to_vec(weight.clone()).unwrap(), 32, 64, &options[0]).unwrap();
+    let rounded = Weight::Packed(packed.to_device(decoder.device())).dequantize();
+    let y = |w: Tensor<2>| to_vec(x.clone().matmul(w.transpose())).unwrap();
+    close(of(&measurement, Unit::Linear(1, Projection::K), 0), relative_error(&y(rounded), &y(weight), 32));
+}
+
+#[test]
+fn the_embedding_counts_as_lookup_and_as_tied_head() {
+    let options = option_grid(&[3], &[32], &[]).unwrap();
+    let ids = windows().concat();
+    let lookup = |decoder: &Decoder| to_vec(decoder.embed(&[&ids]).unwrap()).unwrap();
+    let logits = |decoder: &Decoder, hidden: &Decoder| {
+        let x = windows().iter().map(|w| hidden.run_blocks(hidden.embed(&[w]).unwrap(), 0..4, None, None).unwrap()).collect::<Vec<_>>();
+        let rows = x.into_iter().flat_map(|x| {
+            let [_, tokens, d] = x.dims();
+            to_vec(decoder.logits(hidden.exit_norm(x.reshape([tokens, d]), 4, None))).unwrap()
+        });
+        rows.collect::<Vec<f32>>()
+    };
+    for tied in [true, false] {
+        let decoder = decoder_of(&tiny_config(json!({"tie_word_embeddings": tied})), 5, &Device::flex());
+        let measurement = run(&decoder, &options, Granularity::Block);
+        let compressed = only(&decoder, Unit::Embedding, options[0]);
+        let rows = relative_error(&lookup(&compressed), &lookup(&decoder), 64);
+        let head = if tied { compressed } else { only(&decoder, Unit::Head, options[0]) };
+        let scores = relative_error(&logits(&head, &decoder), &logits(&decoder, &decoder), 288);
+        if tied {
+            close(of(&measurement, Unit::Embedding, 0), rows + scores);
+            assert!(measurement.units.iter().all(|u| u.unit != Unit::Head));
+        } else {
+            close(of(&measurement, Unit::Embedding, 0), rows);
+            close(of(&measurement, Unit::Head, 0), scores);
+        }
+    }
+}
+
+#[test]
+fn wider_is_better_f32_is_perfect_and_every_unit_comes_once() {
+    let decoder = tiny_decoder(2, &Device::flex());
+    let options = option_grid(&[2, 3, 4, 6, 8, 16, 32], &[32], &[]).unwrap();
+    for granularity in [Granularity::Block, Granularity::Linear] {
+        let m = run(&decoder, &options, granularity);
+        for unit in &m.units {
+            assert!(unit.sensitivity.windows(2).all(|pair| pair[0] > pair[1]), "{}: {:?}", unit.unit, unit.sensitivity);
+            assert_eq!(*unit.sensitivity.last().unwrap(), 0.0, "{}", unit.unit);
+        }
+        let weights: u64 = m.units.iter().flat_map(|u| &u.matrices).map(|s| s.weights()).sum();
+        assert_eq!(weights, 288 * 64 + 4 * (64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 160));
+        let units: Vec<Unit> = m.units.iter().map(|u| u.unit).collect();
+        let blocks: Vec<Unit> = match granularity {
+            Granularity::Block => (0..4).map(Unit::Block).collect(),
+            Granularity::Linear => (0..4).flat_map(|b| Projection::ALL.map(|p| Unit::Linear(b, p))).collect(),
+        };
+        assert_eq!(units, [vec![Unit::Embedding], blocks].concat());
+    }
+}
+
+#[test]
+fn a_measurement_is_reproducible_and_progress_adds_up() {
+    let decoder = tiny_decoder(2, &Device::flex());
+    let options = option_grid(&[2, 4], &[64], &[]).unwrap();
+    let mut seen = Vec::new();
+    let first =
+        measure(&decoder, &options, Granularity::Block, &windows(), &Rtn, &mut |p| seen.push((p.done, p.total))).unwrap();
+    assert_eq!(first, run(&decoder, &options, Granularity::Block));
+    assert_eq!(first.calibration_tokens, 63);
+    let total = seen.last().unwrap().1;
+    assert_eq!(seen, (1..=total).map(|done| (done, total)).collect::<Vec<_>>());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.json");
+    edgellm_model::values::write_value(&path, &first).unwrap();
+    assert_eq!(edgellm_model::values::read_value::<Measurement>(&path).unwrap(), first);
+    assert_eq!(first.format_version, Measurement::VERSION);
+}
+
+#[test]
+fn nothing_to_measure_is_an_error() {
+    let decoder = tiny_decoder(2, &Device::flex());
+    let options = option_grid(&[4], &[32], &[]).unwrap();
+    let check = |options: &[LayerFormat], windows: &[Vec<u32>]| {
+        measure(&decoder, options, Granularity::Block, windows, &Rtn, &mut |_| {}).unwrap_err()
+    };
+    assert!(matches!(check(&[], &windows()), LucError::Nothing { .. }));
+    assert!(matches!(check(&options, &[vec![]]), LucError::Nothing { .. }));
+    assert!(check(&options, &[vec![288]]).to_string().contains("288"));
+    assert!(check(&[LayerFormat::quantized(7, 32, false)], &windows()).to_string().contains('7'));
+}
+
+#[test]
+fn an_overflowing_model_is_an_error_that_names_the_unit() {
+    let decoder = tiny_decoder(2, &Device::flex());
+    let mut block = decoder.store().block(1).unwrap();
+    block.attn_norm = block.attn_norm.mul_scalar(1e38);
+    let mut blocks: Vec<_> = (0..4).map(|i| decoder.store().block(i).unwrap()).collect();
+    blocks[1] = block;
+    let store = std::sync::Arc::new(edgellm_model::decoder::ResidentStore::new(blocks));
+    let options = option_grid(&[4], &[32], &[]).unwrap();
+    let error =
+        measure(&decoder.with_store(store), &options, Granularity::Block, &windows(), &Rtn, &mut |_| {}).unwrap_err();
+    assert!(matches!(&error, LucError::NotFinite { .. }), "{error}");
+}

@@ -1,0 +1,38 @@
+//! Hardware scheduler: what a device can do ([`measure_profile`]) and what a unit of a model costs on it
+//! ([`Roofline`]).
+//!
+//! The profile is a plain value, [`DeviceProfile`](edgellm_model::values::DeviceProfile), measured on the device itself or
+//! written from published figures; the cost model knows nothing else of the device.
+//!
+//! ```
+//! use edgellm_model::traits::{CostModel, Workload};
+//! use edgellm_model::values::{CoreKind, DeviceProfile, LayerFormat, MatrixShape, Value};
+//! use edgellm_sched::Roofline;
+//!
+//! let profile = DeviceProfile {
+//!     format_version: DeviceProfile::VERSION,
+//!     name: "a phone".into(),
+//!     source: "made up".into(),
+//!     cores: vec![CoreKind { name: "performance".into(), count: 4, gmacs_f32: 10.0 }],
+//!     read_gbps: vec![8.0, 12.0, 16.0, 16.0],
+//!     handover_us: 5.0,
+//!     usable_bytes: 4_000_000_000,
+//! };
+//! let model = Roofline::new(profile)?;
+//! let matrix = [MatrixShape { name: "w".into(), rows: 2048, cols: 2048 }];
+//! let four = model.cost(&matrix, &LayerFormat::quantized(4, 32, false), Workload::Forward { tokens: 1 })?;
+//! let eight = model.cost(&matrix, &LayerFormat::quantized(8, 32, false), Workload::Forward { tokens: 1 })?;
+//! assert!(four.milliseconds < eight.milliseconds && four.bytes < eight.bytes);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod measure;
+mod roofline;
+mod system;
+
+pub use error::{Result, SchedError};
+pub use measure::{ProfileRequest, measure_profile};
+pub use roofline::Roofline;
