@@ -1,0 +1,135 @@
+//! `edgellm compress`: applies a policy, or one format, and writes a model directory.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use edgellm::kernels::{Format, PackedHost};
+use edgellm::luc::{Applied, Rtn, bits_per_weight, compress_model, uniform_policy};
+use edgellm::model::files::ModelFiles;
+use edgellm::model::save::ModelWriter;
+use edgellm::model::values::{CompressionPolicy, LayerFormat, read_value};
+use serde_json::json;
+
+use super::failure::{Usage, usage};
+use super::output::bytes;
+use super::progress::Counted;
+use super::{Context, check_output_dir, interrupt, stop_if_requested};
+
+/// Apply a policy and write a smaller model
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("formats").required(true))]
+pub(crate) struct Compress {
+    /// The model: a folder, a GGUF file, or a stored name
+    #[arg(short, long, value_name = "MODEL")]
+    model: String,
+    /// The policy, as `edgellm plan` wrote it
+    #[arg(long, value_name = "POLICY.toml", group = "formats")]
+    policy: Option<PathBuf>,
+    /// One format for everything, such as q4g32a; f16 and f32 write a plain model that other programs read
+    #[arg(long, value_name = "FORMAT", group = "formats")]
+    format: Option<String>,
+    /// The model directory to write
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+    /// Replace the directory if it is there
+    #[arg(long)]
+    force: bool,
+}
+
+impl Compress {
+    pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
+        let format = self.format.as_deref().map(parse_format).transpose()?;
+        check_output_dir(&self.output, self.force)?;
+        if self.output.is_dir() && !is_model_dir(&self.output)? {
+            let text = format!("{}: --force replaces a model only, and this folder is none", self.output.display());
+            return Err(Usage(text).into());
+        }
+        let files = ModelFiles::open(&ctx.store.resolve(&self.model)?)?;
+        let policy = match (&self.policy, format) {
+            (Some(path), _) => read_value::<CompressionPolicy>(path)?,
+            (None, Some(format)) if format.packed()?.quantized().is_none() => {
+                let applied = self.export(ctx, &files, format.packed()?)?;
+                return self.report(ctx, applied);
+            }
+            (None, Some(format)) => uniform_policy(files.config().n_layers, format).map_err(usage)?,
+            (None, None) => return Err(Usage("expected --policy or --format".into()).into()),
+        };
+        let mut progress = ctx.progress("compress", 0, Counted::Items("tensors"));
+        let applied = interrupt::stoppable(|| {
+            let on_tensor = &mut |step: edgellm::luc::Progress<'_>| {
+                progress.set_total(step.total as u64);
+                progress.set_with(step.done as u64, step.what.to_string());
+                interrupt::checkpoint();
+            };
+            Ok(compress_model(&files, &policy, &Rtn, &self.output, self.force, on_tensor)?)
+        })?;
+        progress.finish();
+        self.report(ctx, applied)
+    }
+
+    /// Writes a plain directory in f32 or f16, which other programs read like any other.
+    fn export(&self, ctx: &Context, files: &ModelFiles, format: Format) -> anyhow::Result<Applied> {
+        let mut writer = ModelWriter::create(&self.output, files, None, |_, _| format)?;
+        let layouts = writer.layouts().clone();
+        let mut progress = ctx.progress("export", layouts.len() as u64, Counted::Items("tensors"));
+        let (mut bytes, mut weights) = (0, 0);
+        for (index, (name, layout)) in layouts.iter().enumerate() {
+            stop_if_requested()?;
+            let values = files.matrix(name)?.dequantize();
+            writer.write(name, &PackedHost::quantize(&values, *layout)?)?;
+            bytes += layout.bytes();
+            weights += values.len() as u64;
+            progress.set_with(index as u64 + 1, name.clone());
+        }
+        writer.finish(self.force)?;
+        progress.finish();
+        let bytes_after = ModelFiles::open(&self.output)?.file_bytes();
+        let bits_per_weight = bits_per_weight(bytes, weights);
+        Ok(Applied { bytes_before: files.file_bytes(), bytes_after, bits_per_weight })
+    }
+
+    fn report(&self, ctx: &Context, applied: Applied) -> anyhow::Result<()> {
+        let json = json!({
+            "bytes_before": applied.bytes_before, "bytes_after": applied.bytes_after,
+            "bits_per_weight": applied.bits_per_weight, "path": self.output,
+        });
+        ctx.result(json, || {
+            let (before, after) = (applied.bytes_before, applied.bytes_after);
+            let ratio = before as f64 / after.max(1) as f64;
+            let sizes = format!("{} became {}, {ratio:.2} times smaller", bytes(before), bytes(after));
+            format!("{sizes}, {:.3} bits per weight; wrote {}\n", applied.bits_per_weight, self.output.display())
+        })
+    }
+}
+
+/// Whether a folder is a model, or empty: all that may be replaced.
+fn is_model_dir(path: &std::path::Path) -> anyhow::Result<bool> {
+    Ok(path.join("config.json").is_file() || std::fs::read_dir(path)?.next().is_none())
+}
+
+/// A format that policies can name: what [`LayerFormat`] holds, by the kernels' names.
+fn parse_format(name: &str) -> anyhow::Result<LayerFormat> {
+    let format = Format::parse(name).map_err(|e| Usage(format!("--format: {e}")))?;
+    let layer = LayerFormat::of(format);
+    if layer.packed().map_err(usage)? != format {
+        let text =
+            format!("--format: expected f32, f16 or a quantized format with f16 scales such as q4g32a, found {name}");
+        return Err(Usage(text).into());
+    }
+    Ok(layer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formats_are_those_of_policies() {
+        for name in ["f32", "f16", "q4g32a", "q3g64s", "q8g128a"] {
+            assert_eq!(parse_format(name).unwrap().to_string(), name);
+        }
+        for bad in ["", "q7g32a", "q4g33a", "int4", "bf16", "q4g32a-f32"] {
+            assert!(parse_format(bad).unwrap_err().is::<Usage>(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! `edgellm eval`: perplexity of a text, distance from a base model, loss on held-out examples.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Args;
+use edgellm::eval::{
+    Divergence, HeldOut, Perplexity, Progress, heldout_loss, kl_divergence, peak_rss_bytes, perplexity,
+};
+use edgellm::model::adapter::Adapter;
+use edgellm::model::io::read_text;
+use edgellm::session::LoadedModel;
+use edgellm::tune::voters::voter;
+use serde_json::json;
+
+use super::data::DataArgs;
+use super::failure::Usage;
+use super::output::{bytes, seconds, table};
+use super::progress::Counted;
+use super::run::{exits, load_adapter};
+use super::{Context, interrupt};
+
+/// Measure how well a model does
+#[derive(Args)]
+pub(crate) struct Eval {
+    /// The model: a folder, a GGUF file, or a stored name
+    #[arg(short, long, value_name = "MODEL")]
+    model: String,
+    /// An adapter, as `edgellm adapt` or PEFT wrote it
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// A model to compare with: KL divergence and agreement on the text
+    #[arg(long, value_name = "MODEL", requires = "text")]
+    base: Option<String>,
+    /// A text to measure the perplexity on
+    #[arg(long, value_name = "FILE", required_unless_present = "data")]
+    text: Option<PathBuf>,
+    /// Tokens of a window of the text
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    context: usize,
+    /// Windows of the text at most (default: all)
+    #[arg(long, value_name = "N")]
+    windows: Option<usize>,
+    /// Examples to measure the loss of the responses on: JSON lines
+    #[arg(long, value_name = "HELDOUT.jsonl")]
+    data: Option<PathBuf>,
+    #[command(flatten)]
+    format: DataArgs,
+    /// How the exits decide together on the examples: last, max, mean or renorm-max
+    #[arg(long, default_value = "last")]
+    vote: String,
+}
+
+/// What was measured.
+#[derive(Default)]
+struct Results {
+    perplexity: Option<Perplexity>,
+    divergence: Option<Divergence>,
+    heldout: Option<HeldOut>,
+    seconds: f64,
+}
+
+impl Results {
+    /// Loss of the vote, or of the last exit.
+    fn heldout_loss(&self) -> Option<f64> {
+        let heldout = self.heldout.as_ref()?;
+        heldout.vote.or(heldout.by_exit.last().map(|exit| exit.loss))
+    }
+}
+
+impl Eval {
+    pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
+        self.format.check()?;
+        voter(&self.vote)?;
+        if self.context < 3 || self.windows == Some(0) {
+            let text = format!("--context: expected at least 3, found {}; --windows: at least 1", self.context);
+            return Err(Usage(text).into());
+        }
+        let model = ctx.load(&self.model)?;
+        let most = model.decoder.config().max_position_embeddings;
+        if self.text.is_some() && self.context > most {
+            let text =
+                format!("--context: expected at most {most}, what the model was made for, found {}", self.context);
+            return Err(Usage(text).into());
+        }
+        let adapter = load_adapter(self.adapter.as_deref(), &model.decoder)?;
+        let start = Instant::now();
+        let mut results = Results::default();
+        if let Some(path) = &self.text {
+            self.on_text(ctx, &model, adapter.as_ref(), path, &mut results)?;
+        }
+        if let Some(path) = &self.data {
+            results.heldout = Some(self.on_data(ctx, &model, adapter.as_ref(), path)?);
+        }
+        results.seconds = start.elapsed().as_secs_f64();
+        self.report(ctx, &model, &results)
+    }
+
+    fn on_text(
+        &self,
+        ctx: &Context,
+        model: &LoadedModel,
+        adapter: Option<&Adapter>,
+        path: &Path,
+        results: &mut Results,
+    ) -> anyhow::Result<()> {
+        let ids = model.tokenizer.encode(&read_text(path)?, false)?;
+        let (context, limit) = (self.context, self.windows);
+        results.perplexity = Some(with_progress(ctx, "perplexity", |on_step| {
+            Ok(perplexity(&model.decoder, adapter, &ids, context, limit, on_step)?)
+        })?);
+        if let Some(name) = &self.base {
+            let base = ctx.load(name)?;
+            if base.tokenizer.encode(&read_text(path)?, false)? != ids {
+                anyhow::bail!("the base model '{name}' cuts the text into other tokens than '{}'", self.model);
+            }
+            results.divergence = Some(with_progress(ctx, "KL divergence", |on_step| {
+                Ok(kl_divergence(&base.decoder, &model.decoder, adapter, &ids, context, limit, on_step)?)
+            })?);
+        }
+        Ok(())
+    }
+
+    fn on_data(
+        &self,
+        ctx: &Context,
+        model: &LoadedModel,
+        adapter: Option<&Adapter>,
+        path: &Path,
+    ) -> anyhow::Result<HeldOut> {
+        let examples = self.format.read(model, path)?;
+        let vote = Some(voter(&self.vote)?).filter(|v| v.needs_all_exits());
+        let exits = exits(adapter, model.decoder.n_blocks())?;
+        with_progress(ctx, "held-out loss", |on_step| {
+            Ok(heldout_loss(&model.decoder, adapter, &exits, vote, &examples, on_step)?)
+        })
+    }
+
+    fn report(&self, ctx: &Context, model: &LoadedModel, results: &Results) -> anyhow::Result<()> {
+        let text_tokens = results.perplexity.map(|p| p.tokens);
+        let data_tokens = results.heldout.as_ref().map(|h| h.tokens);
+        let json = json!({
+            "perplexity": results.perplexity.map(|p| p.all_targets),
+            "second_half_perplexity": results.perplexity.map(|p| p.second_half),
+            "windows": results.perplexity.map(|p| p.windows),
+            "kl": results.divergence.map(|d| d.kl),
+            "second_half_kl": results.divergence.map(|d| d.second_half_kl),
+            "top1_agreement": results.divergence.map(|d| d.top1_agreement),
+            "heldout_loss": results.heldout_loss(),
+            "by_exit": results.heldout.as_ref().map(|h| &h.by_exit),
+            "vote": results.heldout.as_ref().map(|_| &self.vote),
+            "examples": results.heldout.as_ref().map(|h| h.examples),
+            "tokens": text_tokens.unwrap_or(0) + data_tokens.unwrap_or(0),
+            "seconds": results.seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "model_bytes": model.files.file_bytes(),
+        });
+        ctx.result(json, || self.text(model, results))
+    }
+
+    fn text(&self, model: &LoadedModel, results: &Results) -> String {
+        let mut rows = Vec::new();
+        let mut row = |name: &str, value: String| rows.push(vec![name.to_string(), value]);
+        if let Some(p) = &results.perplexity {
+            row("perplexity", format!("{:.4}", p.all_targets));
+            row("perplexity, second half", format!("{:.4}", p.second_half));
+            row("windows", format!("{} of {} tokens", p.windows, self.context));
+        }
+        if let Some(d) = &results.divergence {
+            row("KL from the base", format!("{:.5} nats", d.kl));
+            row("same likeliest token", format!("{:.2}%", d.top1_agreement * 100.0));
+        }
+        for exit in results.heldout.iter().flat_map(|h| &h.by_exit) {
+            row(&format!("held-out loss, exit {}", exit.exit), format!("{:.4}", exit.loss));
+        }
+        if let Some(loss) = results.heldout.as_ref().and_then(|h| h.vote) {
+            row(&format!("held-out loss, vote {}", self.vote), format!("{loss:.4}"));
+        }
+        row("model", bytes(model.files.file_bytes()));
+        if let Some(peak) = peak_rss_bytes() {
+            row("peak memory", bytes(peak));
+        }
+        row("time", seconds(results.seconds));
+        table(&["", ""], &rows).trim_start().to_string()
+    }
+}
+
+/// Runs an evaluation with progress; a signal stops it between two steps.
+fn with_progress<T>(
+    ctx: &Context,
+    what: &str,
+    work: impl FnOnce(&mut dyn FnMut(Progress)) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let mut progress = ctx.progress(what, 0, Counted::Items("steps"));
+    let result = interrupt::stoppable(|| {
+        work(&mut |step| {
+            progress.set_total(step.total as u64);
+            progress.set(step.done as u64);
+            interrupt::checkpoint();
+        })
+    })?;
+    progress.finish();
+    Ok(result)
+}

@@ -1,0 +1,125 @@
+//! `edgellm measure`: the sensitivity of every unit of a model to every format, on calibration text.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use edgellm::luc::{Rtn, measure, option_grid};
+use edgellm::model::io::read_text;
+use edgellm::model::values::{Granularity, Measurement, write_value};
+use serde_json::json;
+
+use super::failure::{Usage, usage};
+use super::output::table;
+use super::progress::Counted;
+use super::{Context, check_output_file, interrupt};
+
+/// Text to calibrate on where none is given: a part of this project's own fixture text.
+const BUILT_IN_TEXT: &str = include_str!("../../../../fixtures/text/calibration.txt");
+
+/// Measure how much every part of a model suffers from every format
+#[derive(Args)]
+pub(crate) struct Measure {
+    /// The model: a folder, a GGUF file, or a stored name
+    #[arg(short, long, value_name = "MODEL")]
+    model: String,
+    /// The measurement to write: JSON, or TOML if the name ends in .toml
+    #[arg(short, long, value_name = "FILE.json")]
+    output: PathBuf,
+    /// Treat whole blocks, or single projections (linear), as units
+    #[arg(long, default_value = "block", value_name = "UNIT")]
+    granularity: Granularity,
+    /// Bit widths to try
+    #[arg(long, value_delimiter = ',', default_value = "2,3,4,5,6,8", value_name = "LIST")]
+    bits: Vec<u8>,
+    /// Numbers of weights that share a scale to try
+    #[arg(long, value_delimiter = ',', default_value = "32,64,128", value_name = "LIST")]
+    group_size: Vec<u16>,
+    /// Shares of pruned weights to try (what `plan --solver paper --target-sparsity` needs)
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    sparsity: Vec<f64>,
+    /// Text to calibrate on (default: a short built-in English text)
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Tokens of the text to use
+    #[arg(long, default_value_t = 2048, value_name = "N")]
+    tokens: usize,
+    /// Tokens that see each other
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    context: usize,
+}
+
+impl Measure {
+    pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
+        check_output_file(&self.output)?;
+        let options = option_grid(&self.bits, &self.group_size, &self.sparsity).map_err(usage)?;
+        if self.tokens == 0 || self.context == 0 {
+            return Err(Usage("--tokens and --context: expected at least 1, found 0".into()).into());
+        }
+        let text = match &self.text {
+            Some(path) => read_text(path)?,
+            None => BUILT_IN_TEXT.to_string(),
+        };
+        let model = ctx.load(&self.model)?;
+        let context = self.context.min(model.decoder.config().max_position_embeddings);
+        let ids = model.tokenizer.encode(&text, false)?;
+        if ids.len() < self.tokens && self.text.is_some() {
+            ctx.say(&format!("note: the text has {} tokens, fewer than the {} asked for", ids.len(), self.tokens));
+        }
+        let windows: Vec<Vec<u32>> = ids[..ids.len().min(self.tokens)].chunks(context).map(<[u32]>::to_vec).collect();
+        let mut progress = ctx.progress("measure", 0, Counted::Items("trials"));
+        let mut measurement = interrupt::stoppable(|| {
+            let on_step = &mut |step: edgellm::luc::Progress<'_>| {
+                progress.set_total(step.total as u64);
+                progress.set_with(step.done as u64, step.what.to_string());
+                interrupt::checkpoint();
+            };
+            Ok(measure(&model.decoder, &options, self.granularity, &windows, &Rtn, on_step)?)
+        })?;
+        progress.finish();
+        measurement.model = model_name(&self.model);
+        write_value(&self.output, &measurement)?;
+        self.report(ctx, &measurement)
+    }
+
+    fn report(&self, ctx: &Context, measurement: &Measurement) -> anyhow::Result<()> {
+        let json = json!({
+            "path": self.output, "model": measurement.model, "units": measurement.units.len(),
+            "options": measurement.options.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "tokens": measurement.calibration_tokens,
+        });
+        ctx.result(json, || format!("{}wrote {}\n", sensitivities(measurement), self.output.display()))
+    }
+}
+
+/// The last part of a path or name: what depends on the machine stays out of files.
+pub(crate) fn model_name(name: &str) -> String {
+    let trimmed = name.trim_end_matches(['/', '\\']);
+    trimmed.rsplit(['/', '\\']).next().unwrap_or(trimmed).to_string()
+}
+
+/// A table of sensitivities: one row a unit, one column an option of the smallest group size.
+pub(crate) fn sensitivities(measurement: &Measurement) -> String {
+    let smallest = measurement.options.iter().filter(|o| o.bit_width < 16).map(|o| o.group_size).min();
+    let shown: Vec<usize> = (0..measurement.options.len())
+        .filter(|&i| measurement.options[i].bit_width >= 16 || Some(measurement.options[i].group_size) == smallest)
+        .collect();
+    let names: Vec<String> = shown.iter().map(|&i| measurement.options[i].to_string()).collect();
+    let header: Vec<&str> = std::iter::once("unit").chain(names.iter().map(String::as_str)).collect();
+    let row = |unit: &edgellm::model::values::UnitMeasurement| {
+        let values = shown.iter().map(|&i| unit.sensitivity.get(i).map_or("-".into(), |s| format!("{s:.2e}")));
+        std::iter::once(unit.unit.to_string()).chain(values).collect()
+    };
+    table(&header, &measurement.units.iter().map(row).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_leave_the_machine_out() {
+        for (name, expected) in [("a/b/c", "c"), ("c", "c"), ("a\\c", "c"), ("x/m.gguf", "m.gguf"), ("a/b/", "b")] {
+            assert_eq!(model_name(name), expected);
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! The command line: arguments that all commands share, dispatch, logging and exit codes.
+
+mod adapt;
+mod compress;
+mod data;
+mod devices;
+mod environment;
+mod eval;
+mod failure;
+mod inspect;
+mod interrupt;
+mod logits;
+mod measure;
+mod output;
+mod plan;
+mod profile;
+mod progress;
+mod prompt;
+mod pull;
+mod run;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use edgellm::device::DeviceChoice;
+use edgellm::session::{LoadedModel, load_model};
+use edgellm::store::Store;
+use serde_json::Value;
+use tracing_subscriber::filter::LevelFilter;
+
+use self::failure::{Interrupted, Usage, exit_code, message};
+use self::output::say;
+use self::progress::{Counted, Progress};
+
+/// Compress, adapt and run language models on the device where they are used.
+#[derive(Parser)]
+#[command(name = "edgellm", version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Args)]
+struct Global {
+    /// Print one JSON object on standard output instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    /// Print neither progress nor messages
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    /// Print more: -v for details and the causes of errors, -vv for debugging
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Where to compute: auto, flex (or cpu), ndarray, wgpu
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    device: DeviceChoice,
+    /// Threads for computing (default: all cores)
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Pull(pull::Pull),
+    Inspect(inspect::Inspect),
+    Devices(devices::Devices),
+    Profile(profile::Profile),
+    Measure(measure::Measure),
+    Plan(plan::Plan),
+    Compress(compress::Compress),
+    Adapt(adapt::Adapt),
+    Eval(eval::Eval),
+    Run(run::Run),
+}
+
+/// What every command works with.
+pub(crate) struct Context {
+    json: bool,
+    quiet: bool,
+    verbose: u8,
+    threads: Option<u16>,
+    device: DeviceChoice,
+    store: Store,
+}
+
+impl Context {
+    /// A message on standard error, unless `-q`.
+    pub(crate) fn say(&self, text: &str) {
+        if !self.quiet {
+            say(text);
+        }
+    }
+
+    /// The result on standard output: JSON with `--json`, text otherwise.
+    pub(crate) fn result(&self, json: Value, text: impl FnOnce() -> String) -> anyhow::Result<()> {
+        output::print(&if self.json { output::json_line(&json) } else { text() })
+    }
+
+    /// Progress on standard error, unless `-q`.
+    pub(crate) fn progress(&self, what: &str, total: u64, counted: Counted) -> Progress {
+        Progress::new(self.quiet, what, total, counted)
+    }
+
+    /// Loads the model that `-m` names.
+    pub(crate) fn load(&self, name: &str) -> anyhow::Result<LoadedModel> {
+        let path = self.store.resolve(name)?;
+        // A device that is not there is reported before a file is read.
+        let options = self.device.load_options()?;
+        let start = std::time::Instant::now();
+        let model = load_model(&path, &options)?;
+        tracing::info!(path = %path.display(), device = %self.device, seconds = start.elapsed().as_secs_f64(), "loaded");
+        Ok(model)
+    }
+}
+
+/// Refuses an output that exists, before any work is done.
+pub(crate) fn check_output_dir(path: &Path, force: bool) -> anyhow::Result<()> {
+    check_parent(path)?;
+    match path.symlink_metadata() {
+        Err(_) => Ok(()),
+        Ok(_) if !force => Err(Usage(format!("{} exists already; give --force to replace it", path.display())).into()),
+        Ok(metadata) if !metadata.is_dir() => {
+            Err(Usage(format!("{}: expected a folder to replace, found a file", path.display())).into())
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+/// Refuses an output whose folder does not exist, before any work is done.
+pub(crate) fn check_parent(path: &Path) -> anyhow::Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_path_buf(),
+        _ => PathBuf::from("."),
+    };
+    if folder.is_dir() {
+        return Ok(());
+    }
+    Err(Usage(format!("{}: the folder {} does not exist", path.display(), folder.display())).into())
+}
+
+/// Refuses an output file that cannot be one, before any work is done.
+pub(crate) fn check_output_file(path: &Path) -> anyhow::Result<()> {
+    if path.is_dir() {
+        return Err(Usage(format!("{}: expected a file name, found a folder", path.display())).into());
+    }
+    check_parent(path)
+}
+
+/// Ends work at a step's boundary once a signal asked for it.
+pub(crate) fn stop_if_requested() -> anyhow::Result<()> {
+    if interrupt::requested() { Err(Interrupted::nothing_written()) } else { Ok(()) }
+}
+
+/// Runs the command; returns its exit code.
+pub(crate) fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to standard output with code 0, errors to standard error with code 2.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let verbose = cli.global.verbose;
+    let quiet = cli.global.quiet;
+    log_to_stderr(verbose, quiet);
+    match dispatch(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            let code = exit_code(&error);
+            if code != 0 {
+                say(&format!("error: {}", message(&error, verbose > 0)));
+            }
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn log_to_stderr(verbose: u8, quiet: bool) {
+    let level = match (quiet, verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (_, 0) => LevelFilter::WARN,
+        (_, 1) => LevelFilter::INFO,
+        (_, 2) => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    let targets = tracing_subscriber::filter::Targets::new()
+        .with_default(level.min(LevelFilter::WARN))
+        .with_targets(edgellm::CRATES.map(|name| (name, level)));
+    let format = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .log_internal_errors(false);
+    use tracing_subscriber::Layer;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
+    tracing_subscriber::registry().with(format.with_filter(targets)).init();
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    let global = cli.global;
+    interrupt::install()?;
+    if let Some(threads) = global.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global()?;
+    }
+    let ctx = Context {
+        json: global.json,
+        quiet: global.quiet,
+        verbose: global.verbose,
+        threads: global.threads,
+        device: global.device,
+        store: environment::store()?,
+    };
+    match cli.command {
+        Command::Pull(command) => command.run(&ctx).map(success),
+        Command::Inspect(command) => command.run(&ctx).map(success),
+        Command::Devices(command) => command.run(&ctx).map(success),
+        Command::Profile(command) => command.run(&ctx).map(success),
+        Command::Measure(command) => command.run(&ctx).map(success),
+        Command::Plan(command) => command.run(&ctx).map(success),
+        Command::Compress(command) => command.run(&ctx).map(success),
+        Command::Adapt(command) => command.run(&ctx),
+        Command::Eval(command) => command.run(&ctx).map(success),
+        Command::Run(command) => command.run(&ctx).map(success),
+    }
+}
+
+fn success(_: ()) -> ExitCode {
+    ExitCode::SUCCESS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,54 @@
+//! `edgellm profile`: measures this device and writes its profile.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use edgellm::model::values::{DeviceProfile, write_value};
+use edgellm::sched::{ProfileRequest, measure_profile};
+use serde_json::json;
+
+use super::output::{bytes, parse_size};
+use super::{Context, check_output_file};
+
+/// Measure this device and write its profile
+#[derive(Args)]
+pub(crate) struct Profile {
+    /// The profile to write: TOML, or JSON if the name ends in .json
+    #[arg(short, long, value_name = "FILE.toml")]
+    output: PathBuf,
+    /// Name of the device (default: what the system calls it)
+    #[arg(long)]
+    name: Option<String>,
+    /// Memory that a process may use, such as 4GB (default: what the system allows)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    usable_memory: Option<u64>,
+}
+
+impl Profile {
+    pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
+        check_output_file(&self.output)?;
+        ctx.say("measuring for some seconds; other work would disturb it");
+        let threads = ctx.threads.and_then(|n| std::num::NonZeroUsize::new(usize::from(n)));
+        let request = ProfileRequest { name: self.name.clone(), usable_bytes: self.usable_memory, threads };
+        let profile = measure_profile(&request)?;
+        write_value(&self.output, &profile)?;
+        let json = json!({ "path": self.output, "profile": profile });
+        ctx.result(json, || format!("{}wrote {}\n", describe(&profile), self.output.display()))
+    }
+}
+
+/// A profile in words.
+pub(crate) fn describe(profile: &DeviceProfile) -> String {
+    let mut text = format!("device      {}\nsource      {}\n", profile.name, profile.source);
+    for kind in &profile.cores {
+        text.push_str(&format!(
+            "cores       {} x {}, {:.1} G multiply-adds/s each (f32)\n",
+            kind.count, kind.name, kind.gmacs_f32
+        ));
+    }
+    let rates: Vec<String> = profile.read_gbps.iter().map(|rate| format!("{rate:.1}")).collect();
+    text.push_str(&format!("memory      {} GB/s with 1, 2, ... threads\n", rates.join(", ")));
+    text.push_str(&format!("hand-over   {:.1} us\n", profile.handover_us));
+    text.push_str(&format!("usable      {}\n", bytes(profile.usable_bytes)));
+    text
+}
