@@ -85,6 +85,9 @@ pub fn measure(
     units.splice(0..0, ends.drain(..1));
     units.append(&mut ends);
     check(&units, options)?;
+    for value in units.iter_mut().flat_map(|unit| &mut unit.sensitivity) {
+        *value = rounded(*value);
+    }
     Ok(Measurement {
         format_version: Measurement::VERSION,
         model: format!("{}, {} blocks, hidden size {}", config.architecture.name, config.n_layers, config.hidden_size),
@@ -105,6 +108,15 @@ fn check(units: &[UnitMeasurement], options: &[LayerFormat]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// `value` to nine significant digits, none behind the 22nd decimal place. Activations are f32, so no more of them mean
+/// anything; and decimal numbers of this size are read back from a file as exactly the same f64 by every parser (both the
+/// digits and the power of ten are exact in f64), so that a measurement is the same value before and after.
+fn rounded(value: f64) -> f64 {
+    let magnitude = if value == 0.0 { 0.0 } else { value.abs().log10().floor() };
+    let decimals = (8.0 - magnitude).clamp(0.0, 22.0) as usize;
+    format!("{value:.decimals$}").parse().unwrap_or(value)
 }
 
 struct Run<'a> {
@@ -363,4 +375,23 @@ fn flatten(windows: &[Tensor<3>]) -> Tensor<2> {
         x.clone().reshape([batch * tokens, d])
     });
     Tensor::cat(rows.collect(), 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounded_values_survive_json() {
+        let mut value = 3.0e-20;
+        while value < 1e6 {
+            let short = rounded(value);
+            assert!((short - value).abs() <= 0.5e-8 * value + 1e-22, "{value} became {short}");
+            let back: f64 = serde_json::from_str(&serde_json::to_string(&short).unwrap()).unwrap();
+            assert_eq!(back.to_bits(), short.to_bits(), "{short}");
+            value *= 1.037_654_321;
+        }
+        assert_eq!(rounded(0.0), 0.0);
+        assert_eq!(rounded(0.123_456_789_123), 0.123_456_789);
+    }
 }

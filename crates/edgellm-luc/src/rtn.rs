@@ -19,7 +19,13 @@ impl Compressor for Rtn {
         "rtn"
     }
 
-    fn compress(&self, values: &[f32], rows: usize, cols: usize, format: &LayerFormat) -> Result<PackedHost, ModelError> {
+    fn compress(
+        &self,
+        values: &[f32],
+        rows: usize,
+        cols: usize,
+        format: &LayerFormat,
+    ) -> Result<PackedHost, ModelError> {
         let layout = PackedLayout::new(rows, cols, format.packed()?)?;
         if format.sparsity == 0.0 {
             return Ok(PackedHost::quantize(values, layout)?);
@@ -97,7 +103,8 @@ mod tests {
     fn dense_formats_are_the_kernels_rounding() {
         let format = LayerFormat::quantized(4, 64, false);
         let source = values(2 * 100);
-        let expected = PackedHost::quantize(&source, PackedLayout::new(2, 100, format.packed().unwrap()).unwrap()).unwrap();
+        let expected =
+            PackedHost::quantize(&source, PackedLayout::new(2, 100, format.packed().unwrap()).unwrap()).unwrap();
         assert_eq!(Rtn.compress(&source, 2, 100, &format).unwrap(), expected);
     }
 

@@ -78,13 +78,23 @@ impl DenseBlock {
     }
 
     /// What compression to `format` makes of the values of one projection.
-    pub(crate) fn compressed(&self, index: usize, format: &LayerFormat, compressor: &dyn Compressor) -> Result<Vec<f32>> {
+    pub(crate) fn compressed(
+        &self,
+        index: usize,
+        format: &LayerFormat,
+        compressor: &dyn Compressor,
+    ) -> Result<Vec<f32>> {
         let [rows, cols] = self.block.linears[index].weight.shape();
         Ok(compressor.compress(&self.values[index], rows, cols, format)?.dequantize())
     }
 
     /// The block with all projections compressed to `format`.
-    pub(crate) fn with_format(&self, format: &LayerFormat, compressor: &dyn Compressor, device: &Device) -> Result<Block> {
+    pub(crate) fn with_format(
+        &self,
+        format: &LayerFormat,
+        compressor: &dyn Compressor,
+        device: &Device,
+    ) -> Result<Block> {
         let mut block = self.block.clone();
         for (index, linear) in block.linears.iter_mut().enumerate() {
             let shape = linear.weight.shape();

@@ -40,10 +40,7 @@ fn check(config: &ModelConfig, policy: &CompressionPolicy) -> f64 {
     let text = "Grüße, 世界!";
     let tokens = |f: &ModelFiles| f.tokenizer().unwrap().encode(text, true).unwrap();
     assert_eq!(tokens(&files), tokens(&reopened));
-    assert_eq!(
-        files.chat_template().unwrap().unwrap().source(),
-        reopened.chat_template().unwrap().unwrap().source()
-    );
+    assert_eq!(files.chat_template().unwrap().unwrap().source(), reopened.chat_template().unwrap().unwrap().source());
     applied.bits_per_weight
 }
 
@@ -181,7 +178,8 @@ fn progress_reaches_the_end() {
     let policy = uniform_policy(4, LayerFormat::quantized(4, 32, false)).unwrap();
     let mut seen = Vec::new();
     let files = ModelFiles::open(&source).unwrap();
-    compress_model(&files, &policy, &Rtn, &folder.path().join("t"), false, &mut |p| seen.push((p.done, p.total))).unwrap();
+    compress_model(&files, &policy, &Rtn, &folder.path().join("t"), false, &mut |p| seen.push((p.done, p.total)))
+        .unwrap();
     assert_eq!(seen.first().unwrap().0, 0);
     assert!(seen.windows(2).all(|pair| pair[0].0 < pair[1].0));
     assert_eq!(seen.last().unwrap().0, seen.last().unwrap().1);

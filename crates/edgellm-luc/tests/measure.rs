@@ -91,7 +91,10 @@ fn the_embedding_counts_as_lookup_and_as_tied_head() {
     let ids = windows().concat();
     let lookup = |decoder: &Decoder| to_vec(decoder.embed(&[&ids]).unwrap()).unwrap();
     let logits = |decoder: &Decoder, hidden: &Decoder| {
-        let x = windows().iter().map(|w| hidden.run_blocks(hidden.embed(&[w]).unwrap(), 0..4, None, None).unwrap()).collect::<Vec<_>>();
+        let x = windows()
+            .iter()
+            .map(|w| hidden.run_blocks(hidden.embed(&[w]).unwrap(), 0..4, None, None).unwrap())
+            .collect::<Vec<_>>();
         let rows = x.into_iter().flat_map(|x| {
             let [_, tokens, d] = x.dims();
             to_vec(decoder.logits(hidden.exit_norm(x.reshape([tokens, d]), 4, None))).unwrap()
@@ -142,7 +145,8 @@ fn a_measurement_is_reproducible_and_progress_adds_up() {
     let options = option_grid(&[2, 4], &[64], &[]).unwrap();
     let mut seen = Vec::new();
     let first =
-        measure(&decoder, &options, Granularity::Block, &windows(), &Rtn, &mut |p| seen.push((p.done, p.total))).unwrap();
+        measure(&decoder, &options, Granularity::Block, &windows(), &Rtn, &mut |p| seen.push((p.done, p.total)))
+            .unwrap();
     assert_eq!(first, run(&decoder, &options, Granularity::Block));
     assert_eq!(first.calibration_tokens, 63);
     let total = seen.last().unwrap().1;

@@ -1,8 +1,6 @@
 //! Policy solvers on made-up measurements: by hand, and against brute force.
 
-use edgellm_luc::{
-    Item, Paper, Solve, Uniform, allocate_sparsity, matrices_bytes, option_grid, policy_cost, select,
-};
+use edgellm_luc::{Item, Paper, Solve, Uniform, allocate_sparsity, matrices_bytes, option_grid, policy_cost, select};
 use edgellm_model::traits::PolicySolver;
 use edgellm_model::values::{
     Budget, CompressionPolicy, Granularity, LayerFormat, MatrixShape, Measurement, Unit, UnitMeasurement, Value,
@@ -42,12 +40,7 @@ fn example() -> Measurement {
     let options = option_grid(&[2, 4, 8], &[32], &[0.5]).unwrap();
     measurement(
         options,
-        &[
-            &[0.5, 0.05, 0.0001, 0.3],
-            &[0.9, 0.08, 0.0002, 0.2],
-            &[0.2, 0.01, 0.0001, 0.1],
-            &[0.1, 0.01, 0.0001, 0.6],
-        ],
+        &[&[0.5, 0.05, 0.0001, 0.3], &[0.9, 0.08, 0.0002, 0.2], &[0.2, 0.01, 0.0001, 0.1], &[0.1, 0.01, 0.0001, 0.6]],
     )
 }
 
@@ -146,14 +139,18 @@ fn what_is_cut_goes_to_the_others() {
 #[test]
 fn solve_is_no_worse_than_the_others_under_their_budget() {
     let m = example();
+    let mut compared = 0;
+    // With a step of 4, a base of 4 makes 8, which is measured; a base of 2 makes 6, which is not.
     for other in [&Uniform::default() as &dyn PolicySolver, &Paper { step: 4, ..Paper::default() }] {
-        for budget in [3.0, 4.0, 5.0, 6.0, 8.0, 9.0] {
+        for budget in [3.0, 4.0, 5.0, 7.0, 8.0, 9.0] {
             let Ok(policy) = other.solve(&m, &bits(budget)) else { continue };
-            let theirs = policy_cost(&m, &policy).unwrap().sensitivity.unwrap();
+            let Some(theirs) = policy_cost(&m, &policy).unwrap().sensitivity else { continue };
             let ours = Solve::default().solution(&m, &bits(budget)).unwrap();
             assert!(ours.sensitivity <= theirs && ours.gap == 0.0, "{} at {budget}", other.name());
+            compared += 1;
         }
     }
+    assert!(compared >= 8, "{compared} comparisons");
 }
 
 #[test]
@@ -164,7 +161,10 @@ fn policies_are_the_same_bytes_every_time() {
         let first = solver.solve(&m, &bits(6.0)).unwrap();
         assert_eq!(text(&first), text(&solver.solve(&m.clone(), &bits(6.0)).unwrap()));
         assert_eq!(first.solver, solver.name());
-        assert_eq!(first.units.iter().map(|u| u.unit).collect::<Vec<_>>(), m.units.iter().map(|u| u.unit).collect::<Vec<_>>());
+        assert_eq!(
+            first.units.iter().map(|u| u.unit).collect::<Vec<_>>(),
+            m.units.iter().map(|u| u.unit).collect::<Vec<_>>()
+        );
         assert_eq!(serde_json::from_str::<CompressionPolicy>(&text(&first)).unwrap(), first);
     }
 }

@@ -166,14 +166,18 @@ pub fn write_model_dir(dir: &Path, config: &ModelConfig, seed: u64) -> Result<()
     json("tokenizer.json", &byte_tokenizer())?;
     let template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}\
                     {% if add_generation_prompt %}<|assistant|>{% endif %}";
-    json("tokenizer_config.json", &json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|start|>",
-        "eos_token": "<|end|>",
-        "chat_template": template,
-    }))?;
+    json(
+        "tokenizer_config.json",
+        &json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|start|>",
+            "eos_token": "<|end|>",
+            "chat_template": template,
+        }),
+    )?;
     let tensors = random_tensors(config, seed);
-    let specs: Vec<_> = tensors.iter().map(|(name, shape, _)| TensorSpec::new(name, Dtype::F32, shape.as_slice())).collect();
+    let specs: Vec<_> =
+        tensors.iter().map(|(name, shape, _)| TensorSpec::new(name, Dtype::F32, shape.as_slice())).collect();
     let mut writer = SafetensorsWriter::create(&dir.join("model.safetensors"), &specs)?;
     for (name, _, values) in &tensors {
         writer.write(name, bytemuck::cast_slice(values))?;

@@ -81,7 +81,7 @@ fn core_kinds(gmacs: f64, threads: usize, capacities: &[(u64, usize)]) -> Vec<Co
             (i, n) if i + 1 == n => "efficiency".into(),
             (i, _) => format!("middle {i}"),
         };
-        kinds.push(CoreKind { name, count, gmacs_f32: gmacs * capacity as f64 / top as f64 });
+        kinds.push(CoreKind { name, count, gmacs_f32: (gmacs * capacity as f64 / top as f64 * 1e3).round() / 1e3 });
     }
     kinds
 }
@@ -160,8 +160,10 @@ fn pool(threads: usize) -> Result<rayon::ThreadPool> {
     built.map_err(|e| SchedError::Threads { threads, reason: e.to_string() })
 }
 
+/// A measured figure to three decimals, which is more than repeated measurements agree on.
 fn rate(what: &'static str, value: f64) -> Result<f64> {
-    if value.is_finite() && value > 0.0 { Ok(value) } else { Err(SchedError::Measurement { what, found: value }) }
+    let rounded = (value * 1e3).round() / 1e3;
+    if rounded.is_finite() && rounded > 0.0 { Ok(rounded) } else { Err(SchedError::Measurement { what, found: value }) }
 }
 
 #[cfg(test)]

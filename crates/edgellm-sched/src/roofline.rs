@@ -66,12 +66,7 @@ impl Roofline {
 }
 
 impl CostModel for Roofline {
-    fn cost(
-        &self,
-        matrices: &[MatrixShape],
-        format: &LayerFormat,
-        workload: Workload,
-    ) -> Result<UnitCost, ModelError> {
+    fn cost(&self, matrices: &[MatrixShape], format: &LayerFormat, workload: Workload) -> Result<UnitCost, ModelError> {
         let packed = format.packed()?;
         let (tokens, passes) = match workload {
             Workload::Forward { tokens } => (tokens, 1.0),

@@ -114,7 +114,11 @@ fn check_target(out_dir: &Path, force: bool) -> Result<()> {
     }
     let is_empty = std::fs::read_dir(out_dir).is_ok_and(|mut entries| entries.next().is_none());
     let is_ours = || ModelFiles::open(out_dir).is_ok_and(|files| files.quantization().is_some());
-    if is_empty || is_ours() { Ok(()) } else { refuse("a compressed model or an empty folder to replace", "something else") }
+    if is_empty || is_ours() {
+        Ok(())
+    } else {
+        refuse("a compressed model or an empty folder to replace", "something else")
+    }
 }
 
 /// What becomes of every tensor, in the order of the files.

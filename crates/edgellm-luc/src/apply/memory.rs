@@ -37,8 +37,7 @@ pub fn compress_decoder(decoder: &Decoder, policy: &CompressionPolicy, compresso
         blocks.push(block);
     }
     let embedding = pack(decoder.embedding(), format_of(policy, Unit::Embedding, super::EMBEDDING)?)?;
-    let mut compressed =
-        decoder.clone().with_store(Arc::new(ResidentStore::new(blocks))).with_embedding(embedding);
+    let mut compressed = decoder.clone().with_store(Arc::new(ResidentStore::new(blocks))).with_embedding(embedding);
     if let Some(head) = decoder.untied_head() {
         let weight = pack(&head.weight, format_of(policy, Unit::Head, super::HEAD)?)?;
         compressed = compressed.with_head(Linear { weight, bias: head.bias.clone() });

@@ -10,9 +10,7 @@ pub use files::{Applied, compress_model};
 pub use memory::compress_decoder;
 
 use edgellm_model::ModelError;
-use edgellm_model::values::{
-    Budget, CompressionPolicy, Granularity, LayerFormat, Projection, Unit, UnitPolicy, Value,
-};
+use edgellm_model::values::{Budget, CompressionPolicy, Granularity, LayerFormat, Projection, Unit, UnitPolicy, Value};
 
 use crate::error::{LucError, Result};
 
@@ -43,9 +41,7 @@ pub fn uniform_policy(n_blocks: usize, format: LayerFormat) -> Result<Compressio
 
 /// The policy's format for the unit that holds a tensor.
 fn format_of(policy: &CompressionPolicy, unit: Unit, tensor: &str) -> Result<LayerFormat> {
-    policy
-        .format_of(unit)
-        .ok_or_else(|| LucError::NotInPolicy { unit: unit.to_string(), tensor: tensor.to_owned() })
+    policy.format_of(unit).ok_or_else(|| LucError::NotInPolicy { unit: unit.to_string(), tensor: tensor.to_owned() })
 }
 
 /// Checks the policy itself, and that it names no block that the model does not have.
@@ -84,7 +80,8 @@ mod tests {
         }
         assert_eq!(unit_of(EMBEDDING), Some(Unit::Embedding));
         assert_eq!(unit_of(HEAD), Some(Unit::Head));
-        for other in ["model.norm.weight", "model.layers.0.self_attn.q_proj.bias", "model.layers.01.mlp.up_proj.weight"] {
+        for other in ["model.norm.weight", "model.layers.0.self_attn.q_proj.bias", "model.layers.01.mlp.up_proj.weight"]
+        {
             assert_eq!(unit_of(other), None, "{other}");
         }
     }

@@ -206,7 +206,12 @@ fn search(fronts: &[Front], bound: &Bound, max_states: usize, known: Selection) 
             order.then(a.parent.cmp(&b.parent)).then(a.item.cmp(&b.item))
         });
         let mut best = f64::INFINITY;
-        next.retain(|state| state.damage < best && { best = state.damage; true });
+        next.retain(|state| {
+            state.damage < best && {
+                best = state.damage;
+                true
+            }
+        });
         if next.len() > max_states {
             gap += thin(&mut next, max_states);
         }
@@ -230,6 +235,11 @@ fn thin(front: &mut Vec<State>, max_states: usize) -> f64 {
     let range = front[0].damage - front[front.len() - 1].damage;
     let delta = range / (max_states - 1) as f64;
     let mut kept = f64::INFINITY;
-    front.retain(|state| state.damage < kept - delta && { kept = state.damage; true });
+    front.retain(|state| {
+        state.damage < kept - delta && {
+            kept = state.damage;
+            true
+        }
+    });
     delta
 }

@@ -10,7 +10,7 @@ mod uniform;
 
 pub use knapsack::{Item, Selection, select};
 pub use paper::{Paper, allocate_sparsity};
-pub use solve::{Solve, Solution};
+pub use solve::{Solution, Solve};
 pub use uniform::Uniform;
 
 use edgellm_model::ModelError;
@@ -52,9 +52,8 @@ pub fn option_grid(bit_widths: &[u8], group_sizes: &[u16], sparsities: &[f64]) -
 
 /// Checks what a file could get wrong.
 fn check(measurement: &Measurement) -> Result<(), ModelError> {
-    let bad = |what: String, expected: &str, found: String| {
-        Err(ModelError::Value { what, expected: expected.into(), found })
-    };
+    let bad =
+        |what: String, expected: &str, found: String| Err(ModelError::Value { what, expected: expected.into(), found });
     if measurement.options.is_empty() || measurement.units.is_empty() {
         let found = format!("{} options, {} units", measurement.options.len(), measurement.units.len());
         return bad("measurement".into(), "at least one option and one unit", found);

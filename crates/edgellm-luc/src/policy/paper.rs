@@ -75,7 +75,9 @@ impl Paper {
     /// Index of the dense option of `width` bits.
     fn base_option(&self, measurement: &Measurement, width: u8) -> Result<usize, ModelError> {
         let of_width = |o: &LayerFormat| {
-            o.bit_width == width && o.sparsity == 0.0 && self.group_size.is_none_or(|g| width >= 16 || g == o.group_size)
+            o.bit_width == width
+                && o.sparsity == 0.0
+                && self.group_size.is_none_or(|g| width >= 16 || g == o.group_size)
         };
         let options = measurement.options.iter().enumerate().filter(|(_, o)| of_width(o));
         options
@@ -104,7 +106,8 @@ impl Paper {
     /// The format of every unit for one base option.
     fn formats(&self, measurement: &Measurement, base: usize, sparsity: &[f64]) -> Vec<LayerFormat> {
         let decoder = decoder_units(measurement);
-        let weighted: f64 = decoder.iter().map(|&u| unit_weights(measurement, u) * measurement.units[u].sensitivity[base]).sum();
+        let weighted: f64 =
+            decoder.iter().map(|&u| unit_weights(measurement, u) * measurement.units[u].sensitivity[base]).sum();
         let weights: f64 = decoder.iter().map(|&u| unit_weights(measurement, u)).sum();
         let mean = weighted / weights;
         let low = measurement.options[base];
@@ -183,13 +186,23 @@ fn not_measured(what: &str, measurement: &Measurement) -> ModelError {
 /// # Errors
 /// A target outside `[0, p_max]`, a `p_max` outside `[0, 1)`, or sensitivities and weights that are not finite, or not
 /// equally many.
-pub fn allocate_sparsity(sensitivity: &[f64], weights: &[f64], target: f64, p_max: f64) -> Result<Vec<f64>, ModelError> {
-    let bad = |what: &str, expected: String, found: String| Err(ModelError::Value { what: what.into(), expected, found });
+pub fn allocate_sparsity(
+    sensitivity: &[f64],
+    weights: &[f64],
+    target: f64,
+    p_max: f64,
+) -> Result<Vec<f64>, ModelError> {
+    let bad =
+        |what: &str, expected: String, found: String| Err(ModelError::Value { what: what.into(), expected, found });
     if !(0.0..1.0).contains(&p_max) {
         return bad("largest sparsity", "at least 0 and below 1".into(), p_max.to_string());
     }
     if !(0.0..=p_max).contains(&target) {
-        return bad("target sparsity", format!("from 0 to {p_max}, the largest sparsity of a unit"), target.to_string());
+        return bad(
+            "target sparsity",
+            format!("from 0 to {p_max}, the largest sparsity of a unit"),
+            target.to_string(),
+        );
     }
     let usable = sensitivity.iter().all(|s| s.is_finite()) && weights.iter().all(|w| w.is_finite() && *w > 0.0);
     if !usable || sensitivity.len() != weights.len() || sensitivity.is_empty() {
