@@ -22,9 +22,7 @@ pub enum KernelError {
         group_size: u16,
     },
     /// A format's name that does not parse.
-    #[error(
-        "unknown packed format {name:?}; expected f32, f16, bf16, or a name such as q4g32a or q3g64s"
-    )]
+    #[error("unknown packed format {name:?}; expected f32, f16, bf16, or a name such as q4g32a or q3g64s")]
     UnknownFormat {
         /// The name that was given.
         name: String,
@@ -60,9 +58,7 @@ pub enum KernelError {
         value: String,
     },
     /// A finite value or scale that is too large for the 16-bit float that has to hold it.
-    #[error(
-        "row {row}, columns from {col}: {value:e} does not fit a 16-bit float of format {format}"
-    )]
+    #[error("row {row}, columns from {col}: {value:e} does not fit a 16-bit float of format {format}")]
     Overflow {
         /// Row of the value.
         row: usize,

@@ -57,15 +57,9 @@ impl PackedHost {
             .zip(scale_rows)
             .zip(values.par_chunks(layout.cols))
             .enumerate()
-            .map(|(row, ((words, scales), values))| {
-                layout.format.codec().encode(row, values, words, scales)
-            })
+            .map(|(row, ((words, scales), values))| layout.format.codec().encode(row, values, words, scales))
             .collect::<Result<()>>()?;
-        Ok(PackedHost {
-            layout,
-            words: Bytes::from_elems(words),
-            scales: Bytes::from_elems(scales),
-        })
+        Ok(PackedHost { layout, words: Bytes::from_elems(words), scales: Bytes::from_elems(scales) })
     }
 
     /// Wraps buffers that already hold packed rows. They are used as they are if they are aligned to 4 bytes, and
@@ -76,23 +70,9 @@ impl PackedHost {
     /// [`PackedLayout::check`].
     pub fn from_parts(layout: PackedLayout, words: Bytes, scales: Bytes) -> Result<Self> {
         layout.check()?;
-        expect_len(
-            "bytes of codes",
-            &layout,
-            layout.rows * layout.row_words() * 4,
-            words.len(),
-        )?;
-        expect_len(
-            "bytes of scales",
-            &layout,
-            layout.rows * layout.row_scale_words() * 4,
-            scales.len(),
-        )?;
-        Ok(PackedHost {
-            layout,
-            words: aligned(words),
-            scales: aligned(scales),
-        })
+        expect_len("bytes of codes", &layout, layout.rows * layout.row_words() * 4, words.len())?;
+        expect_len("bytes of scales", &layout, layout.rows * layout.row_scale_words() * 4, scales.len())?;
+        Ok(PackedHost { layout, words: aligned(words), scales: aligned(scales) })
     }
 
     /// Wraps the raw elements of an unpadded row-major float matrix (of a safetensors or GGUF file). No copy is made unless a row
@@ -107,33 +87,19 @@ impl PackedHost {
             Format::F32 => 4,
             Format::F16 | Format::BF16 => 2,
             Format::Quantized(q) => {
-                return Err(KernelError::UnknownFormat {
-                    name: Format::Quantized(q).name(),
-                });
+                return Err(KernelError::UnknownFormat { name: Format::Quantized(q).name() });
             }
         };
         let row_bytes = layout.cols * element;
-        expect_len(
-            "bytes of floats",
-            &layout,
-            layout.rows * row_bytes,
-            bytes.len(),
-        )?;
+        expect_len("bytes of floats", &layout, layout.rows * row_bytes, bytes.len())?;
         if row_bytes == layout.row_words() * 4 {
             return Self::from_parts(layout, bytes, Bytes::from_elems(Vec::<u32>::new()));
         }
         let mut words = vec![0u32; layout.rows * layout.row_words()];
-        for (row, source) in words
-            .chunks_mut(layout.row_words())
-            .zip(bytes.chunks(row_bytes))
-        {
+        for (row, source) in words.chunks_mut(layout.row_words()).zip(bytes.chunks(row_bytes)) {
             bytemuck::cast_slice_mut::<u32, u8>(row)[..row_bytes].copy_from_slice(source);
         }
-        Self::from_parts(
-            layout,
-            Bytes::from_elems(words),
-            Bytes::from_elems(Vec::<u32>::new()),
-        )
+        Self::from_parts(layout, Bytes::from_elems(words), Bytes::from_elems(Vec::<u32>::new()))
     }
 
     /// Wraps `f32` values without rounding.
@@ -158,9 +124,7 @@ impl PackedHost {
     /// All values, row-major.
     pub fn dequantize(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.layout.rows * self.layout.cols];
-        out.par_chunks_mut(self.layout.cols)
-            .enumerate()
-            .for_each(|(row, out)| self.dequantize_row(row, out));
+        out.par_chunks_mut(self.layout.cols).enumerate().for_each(|(row, out)| self.dequantize_row(row, out));
         out
     }
 
@@ -170,16 +134,8 @@ impl PackedHost {
     /// If `row` is not below `rows`, or `out` does not hold `cols` values.
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.layout.rows, "row {row} of {}", self.layout);
-        assert_eq!(
-            out.len(),
-            self.layout.cols,
-            "output of a row of {}",
-            self.layout
-        );
-        self.layout
-            .format
-            .codec()
-            .decode(self.row_words(row), self.row_scales(row), out);
+        assert_eq!(out.len(), self.layout.cols, "output of a row of {}", self.layout);
+        self.layout.format.codec().decode(self.row_words(row), self.row_scales(row), out);
     }
 
     /// The matrix whose row `i` is this one's row `rows[i]`.
@@ -189,26 +145,11 @@ impl PackedHost {
     pub fn gather_rows(&self, rows: &[usize]) -> Result<Self> {
         let layout = PackedLayout::new(rows.len(), self.layout.cols, self.layout.format)?;
         if let Some(&row) = rows.iter().find(|&&row| row >= self.layout.rows) {
-            return Err(KernelError::RowOutOfRange {
-                row,
-                rows: self.layout.rows,
-            });
+            return Err(KernelError::RowOutOfRange { row, rows: self.layout.rows });
         }
-        let words: Vec<u32> = rows
-            .iter()
-            .flat_map(|&row| self.row_words(row))
-            .copied()
-            .collect();
-        let scales: Vec<u32> = rows
-            .iter()
-            .flat_map(|&row| self.row_scales(row))
-            .copied()
-            .collect();
-        Ok(PackedHost {
-            layout,
-            words: Bytes::from_elems(words),
-            scales: Bytes::from_elems(scales),
-        })
+        let words: Vec<u32> = rows.iter().flat_map(|&row| self.row_words(row)).copied().collect();
+        let scales: Vec<u32> = rows.iter().flat_map(|&row| self.row_scales(row)).copied().collect();
+        Ok(PackedHost { layout, words: Bytes::from_elems(words), scales: Bytes::from_elems(scales) })
     }
 
     /// Bytes of codes and scales.
@@ -229,27 +170,15 @@ impl PackedHost {
 
 impl PartialEq for PackedHost {
     fn eq(&self, other: &Self) -> bool {
-        self.layout == other.layout
-            && self.words[..] == other.words[..]
-            && self.scales[..] == other.scales[..]
+        self.layout == other.layout && self.words[..] == other.words[..] && self.scales[..] == other.scales[..]
     }
 }
 
-fn expect_len(
-    what: &'static str,
-    layout: &PackedLayout,
-    expected: usize,
-    found: usize,
-) -> Result<()> {
+fn expect_len(what: &'static str, layout: &PackedLayout, expected: usize, found: usize) -> Result<()> {
     if expected == found {
         Ok(())
     } else {
-        Err(KernelError::Length {
-            what,
-            layout: layout.to_string(),
-            expected,
-            found,
-        })
+        Err(KernelError::Length { what, layout: layout.to_string(), expected, found })
     }
 }
 

@@ -33,6 +33,8 @@
 #[cfg(target_endian = "big")]
 compile_error!("packed words are little-endian on disk and are used in place");
 
+#[allow(unsafe_code)]
+mod arch;
 mod error;
 mod flex;
 mod format;
@@ -40,11 +42,13 @@ mod host;
 mod matrix;
 mod ops;
 
+pub use arch::{Isa, active_isa, force_isa};
 pub use error::{KernelError, Result};
+pub use flex::{KernelInfo, kernels};
 pub use format::{FAMILIES, Family, Format, PackedLayout, QuantFormat, ScaleType};
 pub use host::PackedHost;
 pub use matrix::{Lora, PackedMatrix};
 pub use ops::{
-    AttentionParams, EdgeOps, attention, cross_entropy_head, dequantize, packed_embedding,
-    packed_linear, rms_norm, rope, swiglu,
+    AttentionParams, EdgeOps, attention, cross_entropy_head, dequantize, packed_embedding, packed_linear, rms_norm,
+    rope, swiglu,
 };

@@ -34,11 +34,7 @@ pub struct Lora {
 impl PackedHost {
     /// Puts the matrix on a device. An autodiff device stands for its inner device.
     pub fn to_device(self, device: &Device) -> PackedMatrix {
-        let device = if device.is_autodiff() {
-            device.clone().inner()
-        } else {
-            device.clone()
-        };
+        let device = if device.is_autodiff() { device.clone().inner() } else { device.clone() };
         let layout = self.layout;
         let words = u32_tensor(self.words, layout.rows, layout.row_words(), &device);
         let scales = if layout.row_scale_words() == 0 {
@@ -47,12 +43,7 @@ impl PackedHost {
         } else {
             u32_tensor(self.scales, layout.rows, layout.row_scale_words(), &device)
         };
-        PackedMatrix {
-            layout,
-            words,
-            scales,
-            device,
-        }
+        PackedMatrix { layout, words, scales, device }
     }
 }
 
@@ -86,11 +77,7 @@ impl PackedMatrix {
     /// # Errors
     /// [`KernelError::ReadBack`] if this matrix's device fails.
     pub fn to_device(&self, device: &Device) -> Result<PackedMatrix> {
-        let target = if device.is_autodiff() {
-            device.clone().inner()
-        } else {
-            device.clone()
-        };
+        let target = if device.is_autodiff() { device.clone().inner() } else { device.clone() };
         if target == self.device {
             return Ok(self.clone());
         }
@@ -108,21 +95,13 @@ impl PackedMatrix {
 }
 
 fn u32_tensor(bytes: Bytes, rows: usize, cols: usize, device: &Device) -> Tensor<2, Int> {
-    Tensor::from_data(
-        TensorData::from_bytes(bytes, [rows, cols], DType::U32),
-        (device, DType::U32),
-    )
+    Tensor::from_data(TensorData::from_bytes(bytes, [rows, cols], DType::U32), (device, DType::U32))
 }
 
 fn read_back(tensor: Tensor<2, Int>) -> Result<Bytes> {
-    let data = tensor
-        .try_into_data()
-        .map_err(|error| KernelError::ReadBack(error.to_string()))?;
+    let data = tensor.try_into_data().map_err(|error| KernelError::ReadBack(error.to_string()))?;
     if data.dtype() != DType::U32 {
-        return Err(KernelError::ReadBack(format!(
-            "expected u32 words, found {:?}",
-            data.dtype()
-        )));
+        return Err(KernelError::ReadBack(format!("expected u32 words, found {:?}", data.dtype())));
     }
     Ok(data.into_bytes())
 }

@@ -34,13 +34,7 @@ impl RowCodec for F32Rows {
         0
     }
 
-    fn encode(
-        &self,
-        row: usize,
-        values: &[f32],
-        words: &mut [u32],
-        _scales: &mut [u32],
-    ) -> Result<()> {
+    fn encode(&self, row: usize, values: &[f32], words: &mut [u32], _scales: &mut [u32]) -> Result<()> {
         for (col, (word, &value)) in words.iter_mut().zip(values).enumerate() {
             finite(row, col, value)?;
             *word = value.to_bits();
@@ -64,16 +58,8 @@ impl RowCodec for F16Rows {
         0
     }
 
-    fn encode(
-        &self,
-        row: usize,
-        values: &[f32],
-        words: &mut [u32],
-        _scales: &mut [u32],
-    ) -> Result<()> {
-        encode_halves(row, Format::F16, values, words, |v| {
-            (f16::from_f32(v).to_bits(), f16::from_f32(v).is_finite())
-        })
+    fn encode(&self, row: usize, values: &[f32], words: &mut [u32], _scales: &mut [u32]) -> Result<()> {
+        encode_halves(row, Format::F16, values, words, |v| (f16::from_f32(v).to_bits(), f16::from_f32(v).is_finite()))
     }
 
     fn decode(&self, words: &[u32], _scales: &[u32], out: &mut [f32]) {
@@ -90,13 +76,7 @@ impl RowCodec for Bf16Rows {
         0
     }
 
-    fn encode(
-        &self,
-        row: usize,
-        values: &[f32],
-        words: &mut [u32],
-        _scales: &mut [u32],
-    ) -> Result<()> {
+    fn encode(&self, row: usize, values: &[f32], words: &mut [u32], _scales: &mut [u32]) -> Result<()> {
         encode_halves(row, Format::BF16, values, words, |v| {
             (bf16::from_f32(v).to_bits(), bf16::from_f32(v).is_finite())
         })
@@ -118,12 +98,7 @@ fn encode_halves(
         finite(row, col, value)?;
         let (bits, is_finite) = encode(value);
         if !is_finite {
-            return Err(KernelError::Overflow {
-                row,
-                col,
-                value,
-                format: format.name(),
-            });
+            return Err(KernelError::Overflow { row, col, value, format: format.name() });
         }
         words[col / 2] |= u32::from(bits) << (16 * (col % 2));
     }
@@ -138,13 +113,5 @@ fn decode_halves(words: &[u32], out: &mut [f32], decode: impl Fn(u16) -> f32) {
 
 /// Refuses NaN and infinities.
 pub(super) fn finite(row: usize, col: usize, value: f32) -> Result<()> {
-    if value.is_finite() {
-        Ok(())
-    } else {
-        Err(KernelError::NonFinite {
-            row,
-            col,
-            value: value.to_string(),
-        })
-    }
+    if value.is_finite() { Ok(()) } else { Err(KernelError::NonFinite { row, col, value: value.to_string() }) }
 }

@@ -67,29 +67,15 @@ pub(super) fn members() -> Vec<Format> {
     for bit_width in BIT_WIDTHS {
         for group_size in [32, 64, 128] {
             for symmetric in [true, false] {
-                formats.push(QuantFormat {
-                    bit_width,
-                    group_size,
-                    symmetric,
-                    scale_type: ScaleType::F16,
-                });
+                formats.push(QuantFormat { bit_width, group_size, symmetric, scale_type: ScaleType::F16 });
             }
         }
     }
     // Q2_K, Q3_K, Q4_K, Q5_K, Q6_K.
-    for (bit_width, group_size, symmetric) in [
-        (2, 16, false),
-        (3, 16, true),
-        (4, 32, false),
-        (5, 32, false),
-        (6, 16, true),
-    ] {
-        formats.push(QuantFormat {
-            bit_width,
-            group_size,
-            symmetric,
-            scale_type: ScaleType::F32,
-        });
+    for (bit_width, group_size, symmetric) in
+        [(2, 16, false), (3, 16, true), (4, 32, false), (5, 32, false), (6, 16, true)]
+    {
+        formats.push(QuantFormat { bit_width, group_size, symmetric, scale_type: ScaleType::F32 });
     }
     formats.into_iter().map(Format::Quantized).collect()
 }
@@ -99,18 +85,8 @@ impl QuantFormat {
     ///
     /// # Errors
     /// [`KernelError::UnsupportedFormat`].
-    pub fn new(
-        bit_width: u8,
-        group_size: u16,
-        symmetric: bool,
-        scale_type: ScaleType,
-    ) -> Result<Self> {
-        let format = QuantFormat {
-            bit_width,
-            group_size,
-            symmetric,
-            scale_type,
-        };
+    pub fn new(bit_width: u8, group_size: u16, symmetric: bool, scale_type: ScaleType) -> Result<Self> {
+        let format = QuantFormat { bit_width, group_size, symmetric, scale_type };
         format.check()?;
         Ok(format)
     }
@@ -123,10 +99,7 @@ impl QuantFormat {
         if BIT_WIDTHS.contains(&self.bit_width) && GROUP_SIZES.contains(&self.group_size) {
             Ok(())
         } else {
-            Err(KernelError::UnsupportedFormat {
-                bit_width: self.bit_width,
-                group_size: self.group_size,
-            })
+            Err(KernelError::UnsupportedFormat { bit_width: self.bit_width, group_size: self.group_size })
         }
     }
 
@@ -142,18 +115,12 @@ impl QuantFormat {
 
     pub(super) fn name(&self) -> String {
         let symmetric = if self.symmetric { 's' } else { 'a' };
-        let scales = if self.scale_type == ScaleType::F32 {
-            "-f32"
-        } else {
-            ""
-        };
+        let scales = if self.scale_type == ScaleType::F32 { "-f32" } else { "" };
         format!("q{}g{}{symmetric}{scales}", self.bit_width, self.group_size)
     }
 
     pub(super) fn parse(name: &str) -> Result<Self> {
-        let unknown = || KernelError::UnknownFormat {
-            name: name.chars().take(64).collect(),
-        };
+        let unknown = || KernelError::UnknownFormat { name: name.chars().take(64).collect() };
         let (body, scale_type) = match name.strip_suffix("-f32") {
             Some(body) => (body, ScaleType::F32),
             None => (name, ScaleType::F16),
@@ -163,10 +130,7 @@ impl QuantFormat {
             (_, Some(body)) => (body, false),
             _ => return Err(unknown()),
         };
-        let (bits, group) = body
-            .strip_prefix('q')
-            .and_then(|b| b.split_once('g'))
-            .ok_or_else(unknown)?;
+        let (bits, group) = body.strip_prefix('q').and_then(|b| b.split_once('g')).ok_or_else(unknown)?;
         let format = QuantFormat {
             bit_width: bits.parse().map_err(|_| unknown())?,
             group_size: group.parse().map_err(|_| unknown())?,
@@ -188,10 +152,7 @@ impl QuantFormat {
             (ScaleType::F16, true) => self.centred(half(scales[group / 2], group % 2 == 1)),
             (ScaleType::F16, false) => (half(scales[group], false), half(scales[group], true)),
             (ScaleType::F32, true) => self.centred(f32::from_bits(scales[group])),
-            (ScaleType::F32, false) => (
-                f32::from_bits(scales[2 * group]),
-                f32::from_bits(scales[2 * group + 1]),
-            ),
+            (ScaleType::F32, false) => (f32::from_bits(scales[2 * group]), f32::from_bits(scales[2 * group + 1])),
         }
     }
 
@@ -215,16 +176,9 @@ impl QuantFormat {
     /// Scale and minimum for a group of finite values, as they will be read back.
     fn fit(&self, values: &[f32]) -> (f32, f32) {
         if self.symmetric {
-            let extreme = values.iter().fold(
-                0.0f32,
-                |best, &v| if v.abs() > best.abs() { v } else { best },
-            );
+            let extreme = values.iter().fold(0.0f32, |best, &v| if v.abs() > best.abs() { v } else { best });
             let scale = extreme / -(self.zero_point() as f32);
-            let scale = if self.scale_type == ScaleType::F16 {
-                f16::from_f32(scale).to_f32()
-            } else {
-                scale
-            };
+            let scale = if self.scale_type == ScaleType::F16 { f16::from_f32(scale).to_f32() } else { scale };
             return self.centred(scale);
         }
         let low = values.iter().copied().fold(f32::INFINITY, f32::min);
@@ -235,10 +189,7 @@ impl QuantFormat {
                 let min = f16_below(low);
                 (f16_above((high - min) / levels), min)
             }
-            ScaleType::F32 => (
-                ((f64::from(high) - f64::from(low)) / f64::from(levels)) as f32,
-                low,
-            ),
+            ScaleType::F32 => (((f64::from(high) - f64::from(low)) / f64::from(levels)) as f32, low),
         }
     }
 }
@@ -257,13 +208,7 @@ impl RowCodec for QuantFormat {
         }
     }
 
-    fn encode(
-        &self,
-        row: usize,
-        values: &[f32],
-        words: &mut [u32],
-        scales: &mut [u32],
-    ) -> Result<()> {
+    fn encode(&self, row: usize, values: &[f32], words: &mut [u32], scales: &mut [u32]) -> Result<()> {
         let group_size = usize::from(self.group_size);
         let top = ((1u32 << self.bit_width) - 1) as f32;
         for (group, chunk) in values.chunks(group_size).enumerate() {
@@ -273,17 +218,8 @@ impl RowCodec for QuantFormat {
             }
             let (scale, min) = self.fit(chunk);
             if !scale.is_finite() || !min.is_finite() {
-                let value =
-                    chunk.iter().copied().fold(
-                        0.0f32,
-                        |best, v| if v.abs() > best.abs() { v } else { best },
-                    );
-                return Err(KernelError::Overflow {
-                    row,
-                    col: first,
-                    value,
-                    format: self.name(),
-                });
+                let value = chunk.iter().copied().fold(0.0f32, |best, v| if v.abs() > best.abs() { v } else { best });
+                return Err(KernelError::Overflow { row, col: first, value, format: self.name() });
             }
             self.store(scales, group, scale, min);
             for (i, &value) in chunk.iter().enumerate() {
@@ -309,11 +245,7 @@ impl RowCodec for QuantFormat {
             let first = group * usize::from(self.group_size);
             for (i, value) in chunk.iter_mut().enumerate() {
                 let code = get_code(words, usize::from(self.bit_width), first + i);
-                *value = if self.symmetric {
-                    scale * (code as i32 - zero) as f32
-                } else {
-                    scale * code as f32 + min
-                };
+                *value = if self.symmetric { scale * (code as i32 - zero) as f32 } else { scale * code as f32 + min };
             }
         }
     }
@@ -346,21 +278,13 @@ fn position(bit_width: usize, col: usize) -> (usize, usize) {
 /// The largest half-precision value that is not above `value`.
 fn f16_below(value: f32) -> f32 {
     let near = f16::from_f32(value);
-    if near.to_f32() <= value {
-        near.to_f32()
-    } else {
-        next_f16(near, false).to_f32()
-    }
+    if near.to_f32() <= value { near.to_f32() } else { next_f16(near, false).to_f32() }
 }
 
 /// The smallest half-precision value that is not below `value`.
 fn f16_above(value: f32) -> f32 {
     let near = f16::from_f32(value);
-    if near.to_f32() >= value {
-        near.to_f32()
-    } else {
-        next_f16(near, true).to_f32()
-    }
+    if near.to_f32() >= value { near.to_f32() } else { next_f16(near, true).to_f32() }
 }
 
 /// The next half-precision value towards plus (`up`) or minus infinity.

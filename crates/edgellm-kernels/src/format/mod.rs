@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{KernelError, Result};
 
+pub(crate) use float::decode_f16;
 pub(crate) use grouped::BLOCK;
 pub use grouped::{QuantFormat, ScaleType};
 
@@ -43,16 +44,8 @@ pub struct Family {
 }
 
 /// The registry: every family of formats.
-pub const FAMILIES: &[Family] = &[
-    Family {
-        name: "float",
-        members: float::members,
-    },
-    Family {
-        name: "grouped",
-        members: grouped::members,
-    },
-];
+pub const FAMILIES: &[Family] =
+    &[Family { name: "float", members: float::members }, Family { name: "grouped", members: grouped::members }];
 
 /// What a family of formats has to know: sizes of a row, and a row's scalar encoder and decoder, which are the
 /// reference for every kernel.
@@ -62,13 +55,7 @@ pub(crate) trait RowCodec {
     /// `u32` words of scales for `cols` columns.
     fn row_scale_words(&self, cols: usize) -> usize;
     /// Packs `values` into zeroed `words` and `scales`; `row` is only for messages.
-    fn encode(
-        &self,
-        row: usize,
-        values: &[f32],
-        words: &mut [u32],
-        scales: &mut [u32],
-    ) -> Result<()>;
+    fn encode(&self, row: usize, values: &[f32], words: &mut [u32], scales: &mut [u32]) -> Result<()>;
     /// Unpacks into `out`, one value per column.
     fn decode(&self, words: &[u32], scales: &[u32], out: &mut [f32]);
 }
@@ -76,10 +63,7 @@ pub(crate) trait RowCodec {
 impl Format {
     /// The formats that suites cover: all that `compress` offers, and all that lossless import needs.
     pub fn all() -> Vec<Format> {
-        FAMILIES
-            .iter()
-            .flat_map(|family| (family.members)())
-            .collect()
+        FAMILIES.iter().flat_map(|family| (family.members)()).collect()
     }
 
     /// The format's name: `f32`, `f16`, `bf16`, or `q<bits>g<group>` with `s` (symmetric) or `a` (asymmetric) and,
@@ -212,10 +196,7 @@ impl PackedLayout {
     /// As [`new`](Self::new).
     pub fn check(&self) -> Result<()> {
         self.format.check()?;
-        let bad = KernelError::BadShape {
-            rows: self.rows,
-            cols: self.cols,
-        };
+        let bad = KernelError::BadShape { rows: self.rows, cols: self.cols };
         // 2^40 columns keep every product of a row below 2^64; the whole matrix is checked with its rows.
         if self.rows == 0 || self.cols == 0 || self.cols as u64 > 1 << 40 {
             return Err(bad);

@@ -12,20 +12,9 @@ fn names_round_trip() {
 
 #[test]
 fn names_that_are_not_formats() {
-    for name in [
-        "",
-        "q",
-        "q4",
-        "q4g32",
-        "q7g32a",
-        "q4g48s",
-        "q4g32x",
-        "Q4G32A",
-        "q+4g32a",
-        "q04g32a",
-        "q4g32a-f16",
-        "f64",
-    ] {
+    for name in
+        ["", "q", "q4", "q4g32", "q7g32a", "q4g48s", "q4g32x", "Q4G32A", "q+4g32a", "q04g32a", "q4g32a-f16", "f64"]
+    {
         assert!(Format::parse(name).is_err(), "{name}");
     }
 }
@@ -34,11 +23,7 @@ fn names_that_are_not_formats() {
 fn sizes() {
     let check = |name: &str, cols, words, scale_words| {
         let format = Format::parse(name).unwrap();
-        assert_eq!(
-            (format.row_words(cols), format.row_scale_words(cols)),
-            (words, scale_words),
-            "{name} {cols}"
-        );
+        assert_eq!((format.row_words(cols), format.row_scale_words(cols)), (words, scale_words), "{name} {cols}");
     };
     check("f32", 33, 33, 0);
     check("f16", 33, 17, 0);
@@ -59,12 +44,7 @@ fn layouts_that_cannot_exist() {
     assert!(PackedLayout::new(1, 0, Format::F32).is_err());
     assert!(PackedLayout::new(usize::MAX, usize::MAX, Format::F32).is_err());
     assert!(PackedLayout::new(usize::MAX / 8, 1 << 30, Format::parse("q2g64s").unwrap()).is_err());
-    let bad = QuantFormat {
-        bit_width: 7,
-        group_size: 32,
-        symmetric: true,
-        scale_type: ScaleType::F16,
-    };
+    let bad = QuantFormat { bit_width: 7, group_size: 32, symmetric: true, scale_type: ScaleType::F16 };
     assert!(PackedLayout::new(1, 1, Format::Quantized(bad)).is_err());
 }
 

@@ -21,27 +21,15 @@ fn allowed(format: Format, values: &[f32]) -> f32 {
                 // Rounded to f16: relative 2^-11, or half the smallest subnormal, times the code.
                 let zero = q.zero_point() as f32;
                 let scale = largest / zero;
-                let rounding = if q.scale_type == ScaleType::F16 {
-                    scale * 2f32.powi(-11) + 3e-8
-                } else {
-                    0.0
-                };
+                let rounding = if q.scale_type == ScaleType::F16 { scale * 2f32.powi(-11) + 3e-8 } else { 0.0 };
                 return scale + 2.0 * rounding * zero + largest * 1e-6;
             }
             let low = values.iter().copied().fold(f32::INFINITY, f32::min);
             let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let f16 = q.scale_type == ScaleType::F16;
-            let low_slack = if f16 {
-                low.abs() * 2f32.powi(-10) + 6e-8
-            } else {
-                0.0
-            };
+            let low_slack = if f16 { low.abs() * 2f32.powi(-10) + 6e-8 } else { 0.0 };
             let step = (high - low + low_slack) / levels;
-            if f16 {
-                step * (1.0 + 2f32.powi(-10)) + 6e-8
-            } else {
-                step
-            }
+            if f16 { step * (1.0 + 2f32.powi(-10)) + 6e-8 } else { step }
         }
     };
     step / 2.0 + largest * 1e-6
@@ -55,16 +43,12 @@ fn check_bound(format: Format, rows: usize, cols: usize, values: &[f32]) {
         for (values, back) in values.chunks(group).zip(back.chunks(group)) {
             let bound = allowed(format, values);
             for (v, b) in values.iter().zip(back) {
-                assert!(
-                    (v - b).abs() <= bound,
-                    "{format}: {v} became {b}, bound {bound}"
-                );
+                assert!((v - b).abs() <= bound, "{format}: {v} became {b}, bound {bound}");
             }
         }
     }
     // What was packed once packs to the same values again.
-    let again =
-        PackedHost::from_parts(packed.layout, packed.words.clone(), packed.scales.clone()).unwrap();
+    let again = PackedHost::from_parts(packed.layout, packed.words.clone(), packed.scales.clone()).unwrap();
     assert_eq!(again, packed);
     assert_eq!(again.dequantize(), back);
 }
@@ -160,23 +144,15 @@ fn values_that_cannot_be_packed() {
             let mut values = vec![0.5; 2 * 40];
             values[40 + 37] = bad;
             match PackedHost::quantize(&values, layout(2, 40, format)) {
-                Err(KernelError::NonFinite {
-                    row: 1, col: 37, ..
-                }) => {}
+                Err(KernelError::NonFinite { row: 1, col: 37, .. }) => {}
                 other => panic!("{format}: {other:?}"),
             }
         }
-        let half = format == Format::F16
-            || format
-                .quantized()
-                .is_some_and(|q| q.scale_type == ScaleType::F16);
+        let half = format == Format::F16 || format.quantized().is_some_and(|q| q.scale_type == ScaleType::F16);
         if half {
             let values = vec![-3e38; 40];
             let result = PackedHost::quantize(&values, layout(1, 40, format));
-            assert!(
-                matches!(result, Err(KernelError::Overflow { row: 0, .. })),
-                "{format}: {result:?}"
-            );
+            assert!(matches!(result, Err(KernelError::Overflow { row: 0, .. })), "{format}: {result:?}");
         }
     }
 }
@@ -188,11 +164,7 @@ fn lengths_are_checked() {
     assert!(PackedHost::from_parts(layout, words(64), words(16)).is_ok());
     assert!(matches!(
         PackedHost::from_parts(layout, words(60), words(16)),
-        Err(KernelError::Length {
-            expected: 64,
-            found: 60,
-            ..
-        })
+        Err(KernelError::Length { expected: 64, found: 60, .. })
     ));
     assert!(PackedHost::from_parts(layout, words(64), words(20)).is_err());
     assert!(PackedHost::quantize(&[0.0; 79], layout).is_err());
@@ -228,11 +200,7 @@ fn rows_are_gathered() {
         let packed = PackedHost::quantize(&values, layout(4, 37, format)).unwrap();
         let all = packed.dequantize();
         let gathered = packed.gather_rows(&[2, 0, 2]).unwrap();
-        let expected: Vec<f32> = [2, 0, 2]
-            .iter()
-            .flat_map(|&r| &all[r * 37..(r + 1) * 37])
-            .copied()
-            .collect();
+        let expected: Vec<f32> = [2, 0, 2].iter().flat_map(|&r| &all[r * 37..(r + 1) * 37]).copied().collect();
         assert_eq!(gathered.dequantize(), expected, "{format}");
         assert!(packed.gather_rows(&[4]).is_err());
         assert!(packed.gather_rows(&[]).is_err());

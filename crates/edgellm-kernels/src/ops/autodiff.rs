@@ -19,11 +19,7 @@ use crate::format::PackedLayout;
 type Packed<B> = (IntTensor<B>, IntTensor<B>, PackedLayout);
 
 impl<B: EdgeOps, C: CheckpointStrategy> EdgeOps for Autodiff<B, C> {
-    fn edge_dequantize(
-        words: IntTensor<B>,
-        scales: IntTensor<B>,
-        layout: PackedLayout,
-    ) -> FloatTensor<Self> {
+    fn edge_dequantize(words: IntTensor<B>, scales: IntTensor<B>, layout: PackedLayout) -> FloatTensor<Self> {
         Self::from_inner(B::edge_dequantize(words, scales, layout))
     }
 
@@ -60,8 +56,7 @@ impl<B: EdgeOps, C: CheckpointStrategy> EdgeOps for Autodiff<B, C> {
         scaling: f32,
     ) -> FloatTensor<Self> {
         let (train_a, train_b) = (is_tracked::<B, C>(&a), is_tracked::<B, C>(&b));
-        let ((x, x_node), (a, a_node), (b, b_node)) =
-            (x.into_parts(), a.into_parts(), b.into_parts());
+        let ((x, x_node), (a, a_node), (b, b_node)) = (x.into_parts(), a.into_parts(), b.into_parts());
         let (out, down) = defaults::packed_linear_lora::<B>(
             x.clone(),
             words.clone(),
@@ -71,11 +66,7 @@ impl<B: EdgeOps, C: CheckpointStrategy> EdgeOps for Autodiff<B, C> {
             layout,
             scaling,
         );
-        match PackedLinearLora
-            .prepare::<C>([x_node, a_node, b_node])
-            .compute_bound()
-            .stateful()
-        {
+        match PackedLinearLora.prepare::<C>([x_node, a_node, b_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let state = LoraState {
                     x: train_a.then_some(x),
@@ -91,28 +82,16 @@ impl<B: EdgeOps, C: CheckpointStrategy> EdgeOps for Autodiff<B, C> {
         }
     }
 
-    fn edge_rms_norm(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        eps: f64,
-    ) -> FloatTensor<Self> {
+    fn edge_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
         let ((x, x_node), (weight, weight_node)) = (x.into_parts(), weight.into_parts());
         let out = B::edge_rms_norm(x.clone(), weight.clone(), eps);
-        match RmsNorm
-            .prepare::<C>([x_node, weight_node])
-            .compute_bound()
-            .stateful()
-        {
+        match RmsNorm.prepare::<C>([x_node, weight_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((x, weight, eps), out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
     }
 
-    fn edge_rope(
-        x: FloatTensor<Self>,
-        cos: FloatTensor<Self>,
-        sin: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
+    fn edge_rope(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>) -> FloatTensor<Self> {
         let (x, node) = x.into_parts();
         let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
         let out = B::edge_rope(x, cos.clone(), sin.clone());
@@ -128,14 +107,9 @@ impl<B: EdgeOps, C: CheckpointStrategy> EdgeOps for Autodiff<B, C> {
         v: FloatTensor<Self>,
         params: AttentionParams,
     ) -> FloatTensor<Self> {
-        let ((q, q_node), (k, k_node), (v, v_node)) =
-            (q.into_parts(), k.into_parts(), v.into_parts());
+        let ((q, q_node), (k, k_node), (v, v_node)) = (q.into_parts(), k.into_parts(), v.into_parts());
         let out = B::edge_attention(q.clone(), k.clone(), v.clone(), params);
-        match Attention
-            .prepare::<C>([q_node, k_node, v_node])
-            .compute_bound()
-            .stateful()
-        {
+        match Attention.prepare::<C>([q_node, k_node, v_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((q, k, v, params), out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
@@ -144,11 +118,7 @@ impl<B: EdgeOps, C: CheckpointStrategy> EdgeOps for Autodiff<B, C> {
     fn edge_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
         let ((gate, gate_node), (up, up_node)) = (gate.into_parts(), up.into_parts());
         let out = B::edge_swiglu(gate.clone(), up.clone());
-        match Swiglu
-            .prepare::<C>([gate_node, up_node])
-            .compute_bound()
-            .stateful()
-        {
+        match Swiglu.prepare::<C>([gate_node, up_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((gate, up), out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
@@ -162,34 +132,14 @@ impl<B: EdgeOps, C: CheckpointStrategy> EdgeOps for Autodiff<B, C> {
         weights: FloatTensor<Self>,
         layout: PackedLayout,
     ) -> FloatTensor<Self> {
-        let ((hidden, hidden_node), (weights, weights_node)) =
-            (hidden.into_parts(), weights.into_parts());
-        let (losses, log_normalizer) = defaults::token_losses::<B>(
-            hidden.clone(),
-            words.clone(),
-            scales.clone(),
-            targets.clone(),
-            layout,
-        );
+        let ((hidden, hidden_node), (weights, weights_node)) = (hidden.into_parts(), weights.into_parts());
+        let (losses, log_normalizer) =
+            defaults::token_losses::<B>(hidden.clone(), words.clone(), scales.clone(), targets.clone(), layout);
         let out = defaults::weighted_sum::<B>(losses.clone(), weights.clone());
-        match CrossEntropy
-            .prepare::<C>([hidden_node, weights_node])
-            .compute_bound()
-            .stateful()
-        {
+        match CrossEntropy.prepare::<C>([hidden_node, weights_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let packed = (words, scales, layout);
-                prep.finish(
-                    CrossEntropyState {
-                        hidden,
-                        packed,
-                        targets,
-                        weights,
-                        losses,
-                        log_normalizer,
-                    },
-                    out,
-                )
+                prep.finish(CrossEntropyState { hidden, packed, targets, weights, losses, log_normalizer }, out)
             }
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
@@ -199,12 +149,7 @@ impl<B: EdgeOps, C: CheckpointStrategy> EdgeOps for Autodiff<B, C> {
 /// Whether a gradient will be asked for: the only public way to see it is to prepare an operation, which records
 /// nothing until it is finished.
 fn is_tracked<B: EdgeOps, C: CheckpointStrategy>(tensor: &FloatTensor<Autodiff<B, C>>) -> bool {
-    matches!(
-        Backward::<B, 1>::prepare::<C>(Probe, [tensor.node()])
-            .compute_bound()
-            .stateful(),
-        OpsKind::Tracked(_)
-    )
+    matches!(Backward::<B, 1>::prepare::<C>(Probe, [tensor.node()]).compute_bound().stateful(), OpsKind::Tracked(_))
 }
 
 #[derive(Debug)]
@@ -226,10 +171,7 @@ impl<B: EdgeOps> Backward<B, 1> for PackedLinear {
         let dy = grads.consume::<B>(&ops.node);
         let ([x], (words, scales, layout)) = (ops.parents, ops.state);
         if let Some(x) = x {
-            grads.register::<B>(
-                x.id,
-                B::edge_packed_linear_backward(dy, words, scales, layout),
-            );
+            grads.register::<B>(x.id, B::edge_packed_linear_backward(dy, words, scales, layout));
         }
     }
 }
@@ -258,28 +200,19 @@ impl<B: EdgeOps> Backward<B, 3> for PackedLinearLora {
         let ([x_node, a_node, b_node], state) = (ops.parents, ops.state);
         let scaled = B::float_mul_scalar(dy.clone(), state.scaling.into());
         if let (Some(node), Some(down)) = (b_node, state.down) {
-            grads.register::<B>(
-                node.id,
-                B::float_matmul(B::float_transpose(scaled.clone()), down),
-            );
+            grads.register::<B>(node.id, B::float_matmul(B::float_transpose(scaled.clone()), down));
         }
         if x_node.is_none() && a_node.is_none() {
             return;
         }
         let through_b = B::float_matmul(scaled, state.b);
         if let (Some(node), Some(x)) = (a_node, state.x) {
-            grads.register::<B>(
-                node.id,
-                B::float_matmul(B::float_transpose(through_b.clone()), x),
-            );
+            grads.register::<B>(node.id, B::float_matmul(B::float_transpose(through_b.clone()), x));
         }
         if let Some(node) = x_node {
             let (words, scales, layout) = state.packed;
             let dx = B::edge_packed_linear_backward(dy, words, scales, layout);
-            grads.register::<B>(
-                node.id,
-                B::float_add(dx, B::float_matmul(through_b, state.a)),
-            );
+            grads.register::<B>(node.id, B::float_add(dx, B::float_matmul(through_b, state.a)));
         }
     }
 }
@@ -322,12 +255,7 @@ impl<B: EdgeOps> Backward<B, 1> for Rope {
 struct Attention;
 
 impl<B: EdgeOps> Backward<B, 3> for Attention {
-    type State = (
-        FloatTensor<B>,
-        FloatTensor<B>,
-        FloatTensor<B>,
-        AttentionParams,
-    );
+    type State = (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, AttentionParams);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let d_out = grads.consume::<B>(&ops.node);

@@ -14,11 +14,7 @@ use burn::tensor::{DType, FloatDType, IntDType, Shape, Slice, TensorData};
 use crate::format::{BLOCK, Format, PackedLayout, QuantFormat, ScaleType};
 
 /// Decodes `n` rows: `[n, row_words]` and `[n, row_scale_words]` to `[n, cols]`.
-pub(crate) fn rows<B: Backend>(
-    words: IntTensor<B>,
-    scales: IntTensor<B>,
-    layout: PackedLayout,
-) -> FloatTensor<B> {
+pub(crate) fn rows<B: Backend>(words: IntTensor<B>, scales: IntTensor<B>, layout: PackedLayout) -> FloatTensor<B> {
     match layout.format {
         Format::F32 => float_bits::<B>(words, 8, 23),
         Format::F16 => float_bits::<B>(halves::<B>(words, layout.cols), 5, 10),
@@ -27,20 +23,13 @@ pub(crate) fn rows<B: Backend>(
             let device = words.device();
             let codes = codes::<B>(words, usize::from(format.bit_width), layout.cols);
             let codes = B::int_into_float(codes, FloatDType::F32);
-            let groups: Vec<i32> = (0..layout.cols)
-                .map(|col| (col / usize::from(format.group_size)) as i32)
-                .collect();
+            let groups: Vec<i32> = (0..layout.cols).map(|col| (col / usize::from(format.group_size)) as i32).collect();
             let groups = indices::<B>(groups, &device);
             let (scale, min) = group_scales::<B>(scales, format, layout.cols);
             let scale = B::float_select(scale, 1, groups.clone());
             match min {
-                Some(min) => {
-                    B::float_add(B::float_mul(codes, scale), B::float_select(min, 1, groups))
-                }
-                None => B::float_mul(
-                    B::float_add_scalar(codes, (-f64::from(format.zero_point())).into()),
-                    scale,
-                ),
+                Some(min) => B::float_add(B::float_mul(codes, scale), B::float_select(min, 1, groups)),
+                None => B::float_mul(B::float_add_scalar(codes, (-f64::from(format.zero_point())).into()), scale),
             }
         }
     }
@@ -59,23 +48,12 @@ fn codes<B: Backend>(words: IntTensor<B>, bits: usize, cols: usize) -> IntTensor
     let crosses = |i: usize| shift[i] as usize + bits > 32;
     let joined = if (0..BLOCK).any(crosses) {
         // Upper bits: masked first, so that the shift never leaves 32 bits.
-        let next = (0..BLOCK)
-            .map(|i| first[i] + i32::from(crosses(i)))
-            .collect();
-        let mask = (0..BLOCK).map(|i| {
-            if crosses(i) {
-                (1u32 << (shift[i] as usize + bits - 32)) - 1
-            } else {
-                0
-            }
-        });
+        let next = (0..BLOCK).map(|i| first[i] + i32::from(crosses(i))).collect();
+        let mask = (0..BLOCK).map(|i| if crosses(i) { (1u32 << (shift[i] as usize + bits - 32)) - 1 } else { 0 });
         let left = (0..BLOCK).map(|i| if crosses(i) { 32 - shift[i] } else { 0 });
         let high = B::int_select(words, 2, indices::<B>(next, &device));
         let high = B::bitwise_and(high, u32s::<B>(mask.collect(), [1, 1, BLOCK], &device));
-        B::bitwise_or(
-            low,
-            B::bitwise_left_shift(high, u32s::<B>(left.collect(), [1, 1, BLOCK], &device)),
-        )
+        B::bitwise_or(low, B::bitwise_left_shift(high, u32s::<B>(left.collect(), [1, 1, BLOCK], &device)))
     } else {
         low
     };
@@ -94,26 +72,15 @@ fn group_scales<B: Backend>(
     match (format.scale_type, format.symmetric) {
         (ScaleType::F16, true) => (float_bits::<B>(halves::<B>(scales, groups), 5, 10), None),
         (ScaleType::F32, true) => (float_bits::<B>(scales, 8, 23), None),
-        (ScaleType::F16, false) => interleaved::<B>(
-            float_bits::<B>(halves::<B>(scales, 2 * groups), 5, 10),
-            groups,
-        ),
+        (ScaleType::F16, false) => interleaved::<B>(float_bits::<B>(halves::<B>(scales, 2 * groups), 5, 10), groups),
         (ScaleType::F32, false) => interleaved::<B>(float_bits::<B>(scales, 8, 23), groups),
     }
 }
 
 /// Splits `[n, 2 groups]` into its even and odd columns.
-fn interleaved<B: Backend>(
-    pairs: FloatTensor<B>,
-    groups: usize,
-) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
+fn interleaved<B: Backend>(pairs: FloatTensor<B>, groups: usize) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
     let device = pairs.device();
-    let every_second = |first: usize| {
-        indices::<B>(
-            (0..groups).map(|g| (2 * g + first) as i32).collect(),
-            &device,
-        )
-    };
+    let every_second = |first: usize| indices::<B>((0..groups).map(|g| (2 * g + first) as i32).collect(), &device);
     let scale = B::float_select(pairs.clone(), 1, every_second(0));
     (scale, Some(B::float_select(pairs, 1, every_second(1))))
 }
@@ -122,15 +89,8 @@ fn interleaved<B: Backend>(
 fn halves<B: Backend>(words: IntTensor<B>, count: usize) -> IntTensor<B> {
     let device = words.device();
     let index = indices::<B>((0..count).map(|i| (i / 2) as i32).collect(), &device);
-    let shift = u32s::<B>(
-        (0..count).map(|i| 16 * (i as u32 % 2)).collect(),
-        [1, count],
-        &device,
-    );
-    B::bitwise_and_scalar(
-        B::bitwise_right_shift(B::int_select(words, 1, index), shift),
-        0xffff_i64.into(),
-    )
+    let shift = u32s::<B>((0..count).map(|i| 16 * (i as u32 % 2)).collect(), [1, count], &device);
+    B::bitwise_and_scalar(B::bitwise_right_shift(B::int_select(words, 1, index), shift), 0xffff_i64.into())
 }
 
 /// The floats with these bits: `exponent` bits above `mantissa` bits, and a sign above both.
@@ -139,29 +99,17 @@ fn float_bits<B: Backend>(bits: IntTensor<B>, exponent: u32, mantissa: u32) -> F
     let shape = bits.shape();
     let to_float = |t: IntTensor<B>| B::int_into_float(t, FloatDType::F32);
     let sign = B::bitwise_right_shift_scalar(bits.clone(), i64::from(exponent + mantissa).into());
-    let sign = B::float_add_scalar(
-        B::float_mul_scalar(to_float(sign), (-2.0).into()),
-        1.0.into(),
-    );
+    let sign = B::float_add_scalar(B::float_mul_scalar(to_float(sign), (-2.0).into()), 1.0.into());
     let field = B::bitwise_right_shift_scalar(bits.clone(), i64::from(mantissa).into());
     let field = B::bitwise_and_scalar(field, ((1i64 << exponent) - 1).into());
-    let field = B::int_reshape(
-        B::int_cast(field, IntDType::I32),
-        Shape::new([shape.num_elements()]),
-    );
+    let field = B::int_reshape(B::int_cast(field, IntDType::I32), Shape::new([shape.num_elements()]));
 
     let bias = (1i32 << (exponent - 1)) - 1;
     let fields = 1i32 << exponent;
     let power = |e: i32| {
-        if e == fields - 1 {
-            f32::INFINITY
-        } else {
-            2f32.powi(e.max(1) - bias)
-        }
+        if e == fields - 1 { f32::INFINITY } else { 2f32.powi(e.max(1) - bias) }
     };
-    let implicit: Vec<f32> = (0..fields)
-        .map(|e| if e == 0 { 0.0 } else { 1.0 })
-        .collect();
+    let implicit: Vec<f32> = (0..fields).map(|e| if e == 0 { 0.0 } else { 1.0 }).collect();
     let table = |values: Vec<f32>| {
         let table = B::float_from_data(TensorData::new(values, [fields as usize]), &device);
         B::float_reshape(B::float_select(table, 0, field.clone()), shape.clone())

@@ -21,9 +21,7 @@ const MASKED: f32 = -1e30;
 /// The chunks of rows of a matrix; at most `cap` elements, for `per_row` elements a row.
 fn chunks(rows: usize, per_row: usize, cap: usize) -> impl Iterator<Item = Range<usize>> {
     let step = (cap / per_row.max(1)).max(1);
-    (0..rows)
-        .step_by(step)
-        .map(move |start| start..(start + step).min(rows))
+    (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
 }
 
 /// A range of rows, decoded.
@@ -35,16 +33,9 @@ fn decode_rows<B: Backend>(
 ) -> FloatTensor<B> {
     let slice = |tensor: &IntTensor<B>| {
         let width = tensor.shape()[1];
-        B::int_slice(
-            tensor.clone(),
-            &[Slice::from(rows.clone()), Slice::from(0..width)],
-        )
+        B::int_slice(tensor.clone(), &[Slice::from(rows.clone()), Slice::from(0..width)])
     };
-    let scales = if layout.row_scale_words() == 0 {
-        scales.clone()
-    } else {
-        slice(scales)
-    };
+    let scales = if layout.row_scale_words() == 0 { scales.clone() } else { slice(scales) };
     decode::rows::<B>(slice(words), scales, layout.with_rows(rows.len()))
 }
 
@@ -53,8 +44,7 @@ pub(crate) fn dequantize<B: Backend>(
     scales: IntTensor<B>,
     layout: PackedLayout,
 ) -> FloatTensor<B> {
-    let parts = chunks(layout.rows, layout.cols, CHUNK)
-        .map(|rows| decode_rows::<B>(&words, &scales, layout, rows));
+    let parts = chunks(layout.rows, layout.cols, CHUNK).map(|rows| decode_rows::<B>(&words, &scales, layout, rows));
     concat::<B>(parts.collect(), 0)
 }
 
@@ -66,11 +56,7 @@ pub(crate) fn packed_embedding<B: Backend>(
 ) -> FloatTensor<B> {
     let count = ids.shape()[0];
     let words = B::int_select(words, 0, ids.clone());
-    let scales = if layout.row_scale_words() == 0 {
-        scales
-    } else {
-        B::int_select(scales, 0, ids)
-    };
+    let scales = if layout.row_scale_words() == 0 { scales } else { B::int_select(scales, 0, ids) };
     decode::rows::<B>(words, scales, layout.with_rows(count))
 }
 
@@ -113,17 +99,10 @@ pub(crate) fn packed_linear_lora<B: EdgeOps>(
     let down = B::float_matmul(x.clone(), B::float_transpose(a));
     let up = B::float_matmul(down.clone(), B::float_transpose(b));
     let up = B::float_mul_scalar(up, scaling.into());
-    (
-        B::float_add(B::edge_packed_linear(x, words, scales, layout), up),
-        down,
-    )
+    (B::float_add(B::edge_packed_linear(x, words, scales, layout), up), down)
 }
 
-pub(crate) fn rms_norm<B: Backend>(
-    x: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    eps: f64,
-) -> FloatTensor<B> {
+pub(crate) fn rms_norm<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, eps: f64) -> FloatTensor<B> {
     let width = weight.shape()[0];
     let weight = B::float_reshape(weight, Shape::new([1, width]));
     B::float_mul(B::float_mul(x.clone(), inverse_rms::<B>(x, eps)), weight)
@@ -152,11 +131,7 @@ fn inverse_rms<B: Backend>(x: FloatTensor<B>, eps: f64) -> FloatTensor<B> {
     B::float_recip(B::float_sqrt(B::float_add_scalar(mean, eps.into())))
 }
 
-pub(crate) fn rope<B: Backend>(
-    x: FloatTensor<B>,
-    cos: FloatTensor<B>,
-    sin: FloatTensor<B>,
-) -> FloatTensor<B> {
+pub(crate) fn rope<B: Backend>(x: FloatTensor<B>, cos: FloatTensor<B>, sin: FloatTensor<B>) -> FloatTensor<B> {
     let [batch, heads, tokens, dim] = dims::<B, 4>(&x);
     let half = cos.shape()[1];
     let part = |range: Range<usize>| {
@@ -166,10 +141,8 @@ pub(crate) fn rope<B: Backend>(
     let angle = |t: FloatTensor<B>| B::float_reshape(t, Shape::new([1, 1, tokens, half]));
     let (cos, sin) = (angle(cos), angle(sin));
     let (first, second) = (part(0..half), part(half..2 * half));
-    let rotated_first = B::float_sub(
-        B::float_mul(first.clone(), cos.clone()),
-        B::float_mul(second.clone(), sin.clone()),
-    );
+    let rotated_first =
+        B::float_sub(B::float_mul(first.clone(), cos.clone()), B::float_mul(second.clone(), sin.clone()));
     let rotated_second = B::float_add(B::float_mul(second, cos), B::float_mul(first, sin));
     let mut parts = vec![rotated_first, rotated_second];
     if 2 * half < dim {
@@ -201,10 +174,7 @@ pub(crate) fn attention_backward<B: Backend>(
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let shape = q.shape();
     let kv_heads = k.shape()[1];
-    let (q, d_out) = (
-        fold_groups::<B>(q, kv_heads),
-        fold_groups::<B>(d_out, kv_heads),
-    );
+    let (q, d_out) = (fold_groups::<B>(q, kv_heads), fold_groups::<B>(d_out, kv_heads));
     let p = probabilities::<B>(q.clone(), k.clone(), shape[2], params);
     let dv = B::float_matmul(B::float_transpose(p.clone()), d_out.clone());
     let dp = B::float_matmul(d_out, B::float_transpose(v));
@@ -219,10 +189,7 @@ pub(crate) fn attention_backward<B: Backend>(
 /// `[B, H, T, D]` to `[B, KV, H / KV * T, D]`: the heads of a key head below one another.
 fn fold_groups<B: Backend>(x: FloatTensor<B>, kv_heads: usize) -> FloatTensor<B> {
     let [batch, heads, tokens, dim] = dims::<B, 4>(&x);
-    B::float_reshape(
-        x,
-        Shape::new([batch, kv_heads, heads / kv_heads * tokens, dim]),
-    )
+    B::float_reshape(x, Shape::new([batch, kv_heads, heads / kv_heads * tokens, dim]))
 }
 
 /// Softmax of the masked scores, `[B, KV, H / KV * T, S]`.
@@ -269,18 +236,12 @@ pub(crate) fn swiglu_backward<B: Backend>(
     let s = sigmoid::<B>(gate.clone());
     let silu = B::float_mul(gate.clone(), s.clone());
     let d_up = B::float_mul(dy.clone(), silu.clone());
-    let slope = B::float_add(
-        s.clone(),
-        B::float_mul(silu, B::float_add_scalar(B::float_neg(s), 1.0.into())),
-    );
+    let slope = B::float_add(s.clone(), B::float_mul(silu, B::float_add_scalar(B::float_neg(s), 1.0.into())));
     (B::float_mul(B::float_mul(dy, up), slope), d_up)
 }
 
 fn sigmoid<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_recip(B::float_add_scalar(
-        B::float_exp(B::float_neg(x)),
-        1.0.into(),
-    ))
+    B::float_recip(B::float_add_scalar(B::float_exp(B::float_neg(x)), 1.0.into()))
 }
 
 pub(crate) fn log_normalizer<B: Backend>(
@@ -330,10 +291,7 @@ pub(crate) fn token_losses<B: EdgeOps>(
     (B::float_sub(normalizers.clone(), logits), normalizers)
 }
 
-pub(crate) fn weighted_sum<B: Backend>(
-    losses: FloatTensor<B>,
-    weights: FloatTensor<B>,
-) -> FloatTensor<B> {
+pub(crate) fn weighted_sum<B: Backend>(losses: FloatTensor<B>, weights: FloatTensor<B>) -> FloatTensor<B> {
     B::float_sum(B::float_mul(losses, weights))
 }
 
@@ -371,15 +329,9 @@ fn columns<B: Backend>(x: FloatTensor<B>, range: Range<usize>) -> FloatTensor<B>
 }
 
 fn concat<B: Backend>(mut parts: Vec<FloatTensor<B>>, dim: usize) -> FloatTensor<B> {
-    if parts.len() == 1 {
-        parts.remove(0)
-    } else {
-        B::float_cat(parts, dim)
-    }
+    if parts.len() == 1 { parts.remove(0) } else { B::float_cat(parts, dim) }
 }
 
 fn sum<B: Backend>(parts: impl Iterator<Item = FloatTensor<B>>) -> FloatTensor<B> {
-    parts
-        .reduce(|total, part| B::float_add(total, part))
-        .expect("a packed matrix has rows")
+    parts.reduce(|total, part| B::float_add(total, part)).expect("a packed matrix has rows")
 }

@@ -4,6 +4,9 @@
 //! backend. `Flex` overrides those that matter with rayon and SIMD; `Autodiff` overrides each forward operator with a
 //! handwritten backward that calls the inner backend's `_backward` method, so that these can be overridden too.
 
+// Burn's `NdArray` is deprecated in favour of `Flex`; here it is the independent second implementation.
+#![cfg_attr(feature = "ndarray", allow(deprecated))]
+
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, backend_extension};
 
@@ -15,11 +18,7 @@ use crate::format::PackedLayout;
 #[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "wgpu"), Autodiff)]
 pub trait EdgeOps: Backend {
     /// All values of a packed matrix, `[rows, cols]`.
-    fn edge_dequantize(
-        words: IntTensor<Self>,
-        scales: IntTensor<Self>,
-        layout: PackedLayout,
-    ) -> FloatTensor<Self> {
+    fn edge_dequantize(words: IntTensor<Self>, scales: IntTensor<Self>, layout: PackedLayout) -> FloatTensor<Self> {
         defaults::dequantize::<Self>(words, scales, layout)
     }
 
@@ -67,11 +66,7 @@ pub trait EdgeOps: Backend {
     }
 
     /// Normalizes the rows of `x` `[N, d]`.
-    fn edge_rms_norm(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        eps: f64,
-    ) -> FloatTensor<Self> {
+    fn edge_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
         defaults::rms_norm::<Self>(x, weight, eps)
     }
 
@@ -86,11 +81,7 @@ pub trait EdgeOps: Backend {
     }
 
     /// Rotates the pairs of `x` `[B, H, T, D]` by the angles of `cos`, `sin` `[T, r]`.
-    fn edge_rope(
-        x: FloatTensor<Self>,
-        cos: FloatTensor<Self>,
-        sin: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
+    fn edge_rope(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>) -> FloatTensor<Self> {
         defaults::rope::<Self>(x, cos, sin)
     }
 
@@ -162,20 +153,11 @@ pub trait EdgeOps: Backend {
         log_normalizer: FloatTensor<Self>,
         layout: PackedLayout,
     ) -> FloatTensor<Self> {
-        defaults::cross_entropy_backward::<Self>(
-            hidden,
-            words,
-            scales,
-            targets,
-            factor,
-            log_normalizer,
-            layout,
-        )
+        defaults::cross_entropy_backward::<Self>(hidden, words, scales, targets, factor, log_normalizer, layout)
     }
 }
 
 #[cfg(feature = "ndarray")]
-#[allow(deprecated)]
 impl EdgeOps for burn::backend::NdArray {}
 
 #[cfg(feature = "wgpu")]

@@ -42,9 +42,7 @@ impl AttentionParams {
     /// The positions of the keys that query `t` sees.
     pub fn visible(&self, t: usize) -> core::ops::Range<usize> {
         let position = self.offset + t;
-        let first = self
-            .window
-            .map_or(0, |window| (position + 1).saturating_sub(window));
+        let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
         first..position + 1
     }
 }
@@ -72,16 +70,9 @@ impl AttentionParams {
 pub fn packed_linear(x: Tensor<2>, w: &PackedMatrix, lora: Option<&Lora>) -> Tensor<2> {
     let layout = w.layout();
     let [tokens, cols] = x.dims();
-    assert_eq!(
-        cols, layout.cols,
-        "packed_linear: x is [{tokens}, {cols}], the weight {layout}"
-    );
+    assert_eq!(cols, layout.cols, "packed_linear: x is [{tokens}, {cols}], the weight {layout}");
     let (words, scales) = w.parts();
-    let (x, words, scales) = (
-        x.into_dispatch(),
-        words.into_dispatch(),
-        scales.into_dispatch(),
-    );
+    let (x, words, scales) = (x.into_dispatch(), words.into_dispatch(), scales.into_dispatch());
     Tensor::from_dispatch(match lora {
         None => <Dispatch as EdgeOps>::edge_packed_linear(x, words, scales, layout),
         Some(lora) => {
@@ -90,19 +81,8 @@ pub fn packed_linear(x: Tensor<2>, w: &PackedMatrix, lora: Option<&Lora>) -> Ten
                 a_cols == cols && b_rows == layout.rows && rank == b_rank,
                 "packed_linear: A is [{rank}, {a_cols}], B [{b_rows}, {b_rank}], the weight {layout}"
             );
-            let (a, b) = (
-                lora.a.clone().into_dispatch(),
-                lora.b.clone().into_dispatch(),
-            );
-            <Dispatch as EdgeOps>::edge_packed_linear_lora(
-                x,
-                words,
-                scales,
-                a,
-                b,
-                layout,
-                lora.scaling,
-            )
+            let (a, b) = (lora.a.clone().into_dispatch(), lora.b.clone().into_dispatch());
+            <Dispatch as EdgeOps>::edge_packed_linear_lora(x, words, scales, a, b, layout, lora.scaling)
         }
     })
 }
@@ -116,11 +96,7 @@ pub fn packed_linear(x: Tensor<2>, w: &PackedMatrix, lora: Option<&Lora>) -> Ten
 /// If an id is not below `rows` (on the GPU the result is undefined instead).
 pub fn packed_embedding(w: &PackedMatrix, ids: Tensor<1, Int>) -> Tensor<2> {
     let (words, scales) = w.parts();
-    let ids = if ids.device().is_autodiff() {
-        ids.inner()
-    } else {
-        ids
-    };
+    let ids = if ids.device().is_autodiff() { ids.inner() } else { ids };
     Tensor::from_dispatch(<Dispatch as EdgeOps>::edge_packed_embedding(
         words.into_dispatch(),
         scales.into_dispatch(),
@@ -149,11 +125,7 @@ pub fn dequantize(w: &PackedMatrix) -> Tensor<2> {
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     let dims = x.dims();
     let [width] = weight.dims();
-    assert_eq!(
-        dims[D - 1],
-        width,
-        "rms_norm: x is {dims:?}, the weight [{width}]"
-    );
+    assert_eq!(dims[D - 1], width, "rms_norm: x is {dims:?}, the weight [{width}]");
     let rows: usize = dims[..D - 1].iter().product();
     let x = x.reshape([rows, width]);
     let y = <Dispatch as EdgeOps>::edge_rms_norm(x.into_dispatch(), weight.into_dispatch(), eps);
@@ -176,11 +148,7 @@ pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
         sin.dims()
     );
     let (cos, sin) = (cos.into_dispatch(), sin.into_dispatch());
-    Tensor::from_dispatch(<Dispatch as EdgeOps>::edge_rope(
-        x.into_dispatch(),
-        cos,
-        sin,
-    ))
+    Tensor::from_dispatch(<Dispatch as EdgeOps>::edge_rope(x.into_dispatch(), cos, sin))
 }
 
 /// Causal attention with grouped queries: query `t` sees the keys `0 ..= offset + t` (inside the window, if there is
@@ -199,13 +167,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, p: AttentionParams) -
         kd == vd && qd[0] == kd[0] && qd[3] == kd[3] && kd[1] > 0 && qd[1] % kd[1] == 0,
         "attention: q is {qd:?}, k {kd:?}, v {vd:?}"
     );
-    assert!(
-        kd[2] == p.offset + qd[2],
-        "attention: {} keys for {} queries after {} positions",
-        kd[2],
-        qd[2],
-        p.offset
-    );
+    assert!(kd[2] == p.offset + qd[2], "attention: {} keys for {} queries after {} positions", kd[2], qd[2], p.offset);
     assert!(p.window != Some(0), "attention: a window of no keys");
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
     Tensor::from_dispatch(<Dispatch as EdgeOps>::edge_attention(q, k, v, p))
@@ -217,10 +179,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, p: AttentionParams) -
 /// If shapes differ.
 pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     assert_eq!(gate.dims(), up.dims(), "swiglu: gate and up");
-    Tensor::from_dispatch(<Dispatch as EdgeOps>::edge_swiglu(
-        gate.into_dispatch(),
-        up.into_dispatch(),
-    ))
+    Tensor::from_dispatch(<Dispatch as EdgeOps>::edge_swiglu(gate.into_dispatch(), up.into_dispatch()))
 }
 
 /// Weighted cross entropy of a packed output head, `sum_t weights[t] * -log softmax(hidden[t] W^T)[targets[t]]`.

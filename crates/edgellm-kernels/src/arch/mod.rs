@@ -1,0 +1,147 @@
+//! Kernels for instruction sets, and the choice between them.
+//!
+//! The row kernels (decode a tile of rows; dot a few token vectors with rows) are written once, in `rows`, over a
+//! small vocabulary of vector operations that each instruction set provides. An instruction set is available as a value that can only be made
+//! where the processor has it; the best one is chosen at first use, [`kernels`] tells which, and [`force_isa`]
+//! changes it for tests and comparisons.
+//!
+//! | instruction set | vector | unpacks codes with |
+//! |---|---|---|
+//! | `scalar` | 8 floats as an array | shifts of a 64-bit word |
+//! | `neon` | 2 x 4 floats | table lookup, shift by lane |
+//! | `avx2` (with FMA and F16C) | 8 floats | byte shuffle, shift by lane |
+//! | `avx512` (F and BW) | 16 floats | byte shuffle, shift by lane |
+//!
+//! This module tree is the crate's only unsafe code: intrinsics, the call into the `gemm` crate, and handing out
+//! disjoint columns of one buffer to several threads.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub(crate) mod matmul;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod rows;
+mod scalar;
+
+use core::sync::atomic::{AtomicU8, Ordering};
+
+use crate::error::{KernelError, Result};
+
+pub(crate) use rows::{PackedRows, Tokens};
+
+/// An instruction set that row kernels are written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Isa {
+    /// Portable code.
+    Scalar = 0,
+    /// ARM's Advanced SIMD.
+    Neon = 1,
+    /// AVX2 with FMA and F16C.
+    Avx2 = 2,
+    /// AVX-512 F and BW.
+    Avx512 = 3,
+}
+
+impl Isa {
+    /// Every instruction set, slowest first.
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512];
+
+    /// Those of this processor and build, slowest first.
+    pub fn available() -> Vec<Isa> {
+        Isa::ALL.into_iter().filter(|&isa| Kernel::new(isa).is_some()).collect()
+    }
+
+    /// `scalar`, `neon`, `avx2` or `avx512`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Neon => "neon",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+}
+
+impl core::fmt::Display for Isa {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A set of row kernels that this processor can run: each variant holds the proof.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Kernel {
+    Scalar(scalar::Scalar),
+    #[cfg(target_arch = "aarch64")]
+    Neon(neon::Neon),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+}
+
+/// No choice has been made yet.
+const UNSET: u8 = u8::MAX;
+static ACTIVE: AtomicU8 = AtomicU8::new(UNSET);
+
+impl Kernel {
+    /// The kernels of an instruction set, if the processor has it.
+    fn new(isa: Isa) -> Option<Kernel> {
+        match isa {
+            Isa::Scalar => Some(Kernel::Scalar(scalar::Scalar)),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::Neon::new().map(Kernel::Neon),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::Avx2::new().map(Kernel::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::Avx512::new().map(Kernel::Avx512),
+            #[allow(unreachable_patterns)]
+            _ => None,
+        }
+    }
+
+    /// The kernels in use.
+    pub(crate) fn active() -> Kernel {
+        let chosen = ACTIVE.load(Ordering::Relaxed);
+        let chosen = Isa::ALL.into_iter().find(|&isa| isa as u8 == chosen).and_then(Kernel::new);
+        chosen.unwrap_or_else(|| {
+            let best = Isa::ALL.into_iter().rev().find_map(Kernel::new).unwrap_or(Kernel::Scalar(scalar::Scalar));
+            ACTIVE.store(best.isa() as u8, Ordering::Relaxed);
+            best
+        })
+    }
+
+    /// The instruction set.
+    pub(crate) fn isa(self) -> Isa {
+        match self {
+            Kernel::Scalar(_) => Isa::Scalar,
+            #[cfg(target_arch = "aarch64")]
+            Kernel::Neon(_) => Isa::Neon,
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx2(_) => Isa::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512(_) => Isa::Avx512,
+        }
+    }
+}
+
+/// The instruction set in use: the best of this processor, unless [`force_isa`] chose another.
+pub fn active_isa() -> Isa {
+    Kernel::active().isa()
+}
+
+/// Uses an instruction set from now on, in the whole process. For tests and comparisons.
+///
+/// # Errors
+/// [`KernelError::IsaUnavailable`] if this processor or build does not have it; nothing changes then.
+pub fn force_isa(isa: Isa) -> Result<()> {
+    if Kernel::new(isa).is_none() {
+        let available: Vec<&str> = Isa::available().into_iter().map(Isa::name).collect();
+        return Err(KernelError::IsaUnavailable { name: isa.name(), available: available.join(", ") });
+    }
+    ACTIVE.store(isa as u8, Ordering::Relaxed);
+    Ok(())
+}
