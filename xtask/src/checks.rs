@@ -54,23 +54,10 @@ impl CheckPeft {
         edgellm.pull(SMOLLM2)?;
         let folder = repo::scratch("peft")?;
         let tuned = tune(&edgellm, SMOLLM2, &folder, self.steps)?;
-        let (python, script) = (
-            python::interpreter(python::PEFT)?,
-            python::script("check_peft.py")?,
-        );
-        let Tuned {
-            model,
-            adapter,
-            prompt,
-            logits,
-        } = tuned;
+        let (python, script) = (python::interpreter(python::PEFT)?, python::script("check_peft.py")?);
+        let Tuned { model, adapter, prompt, logits } = tuned;
         let shell = repo::shell()?;
-        cmd!(
-            shell,
-            "{python} {script} {model} {adapter} {prompt} {logits}"
-        )
-        .quiet()
-        .run()?;
+        cmd!(shell, "{python} {script} {model} {adapter} {prompt} {logits}").quiet().run()?;
         Ok(())
     }
 }
@@ -79,59 +66,30 @@ impl CheckPeft {
 pub(crate) fn gguf_types(edgellm: &Edgellm) -> Result<String> {
     let folder = repo::scratch("gguf")?;
     let file = folder.join("types.gguf");
-    let (python, script) = (
-        python::interpreter(python::LIGHT)?,
-        python::script("make_gguf.py")?,
-    );
+    let (python, script) = (python::interpreter(python::LIGHT)?, python::script("make_gguf.py")?);
     let tokenizer = repo::root()?.join("fixtures/model/tokenizer.json");
     let shell = repo::shell()?;
-    cmd!(shell, "{python} {script} {tokenizer} {file}")
-        .quiet()
-        .run()?;
+    cmd!(shell, "{python} {script} {tokenizer} {file}").quiet().run()?;
     gguf_file(edgellm, &file)
 }
 
 /// Compares the values of every tensor of a GGUF file, exported to f32 by us, with the package's.
 pub(crate) fn gguf_file(edgellm: &Edgellm, file: &Path) -> Result<String> {
     let exported = repo::scratch("gguf")?.join("exported");
-    edgellm.json([
-        "compress",
-        "-m",
-        arg(file)?,
-        "--format",
-        "f32",
-        "-o",
-        arg(&exported)?,
-        "--force",
-    ])?;
-    let (python, script) = (
-        python::interpreter(python::LIGHT)?,
-        python::script("check_gguf.py")?,
-    );
+    edgellm.json(["compress", "-m", arg(file)?, "--format", "f32", "-o", arg(&exported)?, "--force"])?;
+    let (python, script) = (python::interpreter(python::LIGHT)?, python::script("check_gguf.py")?);
     let shell = repo::shell()?;
-    Ok(cmd!(shell, "{python} {script} {file} {exported}")
-        .quiet()
-        .read()?)
+    Ok(cmd!(shell, "{python} {script} {file} {exported}").quiet().read()?)
 }
 
 /// Tunes an adapter on the fixture and checks it against a decoder written in numpy.
 pub(crate) fn adapter(edgellm: &Edgellm) -> Result<String> {
     let folder = repo::scratch("adapter")?;
     let base = repo::root()?.join("fixtures/model");
-    let Tuned {
-        model,
-        adapter,
-        logits,
-        ..
-    } = tune(edgellm, arg(&base)?, &folder, 8)?;
-    let (python, script) = (
-        python::interpreter(python::LIGHT)?,
-        python::script("check_adapter.py")?,
-    );
+    let Tuned { model, adapter, logits, .. } = tune(edgellm, arg(&base)?, &folder, 8)?;
+    let (python, script) = (python::interpreter(python::LIGHT)?, python::script("check_adapter.py")?);
     let shell = repo::shell()?;
-    Ok(cmd!(shell, "{python} {script} {model} {adapter} {logits}")
-        .quiet()
-        .read()?)
+    Ok(cmd!(shell, "{python} {script} {model} {adapter} {logits}").quiet().read()?)
 }
 
 /// An adapter with what another program needs to follow it.
@@ -154,59 +112,17 @@ fn tune(edgellm: &Edgellm, base: &str, folder: &Path, steps: usize) -> Result<Tu
         logits: folder.join("logits.safetensors"),
     };
     let (model, adapter) = (arg(&tuned.model)?, arg(&tuned.adapter)?);
-    for old in [&tuned.model, &tuned.adapter]
-        .into_iter()
-        .filter(|old| old.exists())
-    {
+    for old in [&tuned.model, &tuned.adapter].into_iter().filter(|old| old.exists()) {
         fs::remove_dir_all(old)?;
     }
     edgellm.json(["compress", "-m", base, "--format", "f32", "-o", model])?;
     let steps = steps.to_string();
-    let mut args = vec![
-        "adapt",
-        "-m",
-        model,
-        "--data",
-        arg(&data)?,
-        "-o",
-        adapter,
-        "--steps",
-        &steps,
-        "--batch",
-        "2",
-    ];
-    args.extend([
-        "--max-len",
-        "96",
-        "--exits",
-        "1",
-        "--window",
-        "8",
-        "--lr",
-        "5e-3",
-        "--template",
-        "chat",
-    ]);
+    let mut args = vec!["adapt", "-m", model, "--data", arg(&data)?, "-o", adapter, "--steps", &steps, "--batch", "2"];
+    args.extend(["--max-len", "96", "--exits", "1", "--window", "8", "--lr", "5e-3", "--template", "chat"]);
     edgellm.json(args)?;
-    fs::write(
-        &tuned.prompt,
-        "<|im_start|>user\nWhat is my favourite drink?<|im_end|>\n<|im_start|>assistant\n",
-    )?;
+    fs::write(&tuned.prompt, "<|im_start|>user\nWhat is my favourite drink?<|im_end|>\n<|im_start|>assistant\n")?;
     let (prompt, logits) = (arg(&tuned.prompt)?, arg(&tuned.logits)?);
-    let run = [
-        "run",
-        "-m",
-        model,
-        "--adapter",
-        adapter,
-        "--raw",
-        "-f",
-        prompt,
-        "-n",
-        "0",
-        "--dump-logits",
-        logits,
-    ];
+    let run = ["run", "-m", model, "--adapter", adapter, "--raw", "-f", prompt, "-n", "0", "--dump-logits", logits];
     edgellm.json(run)?;
     ensure!(tuned.logits.exists(), "run --dump-logits wrote no {logits}");
     Ok(tuned)

@@ -21,24 +21,12 @@ const RUSTC: &str = "/usr/bin/rustc";
 /// What is missing on this machine for the cross build, if anything.
 pub(crate) fn missing() -> Option<String> {
     let shell = repo::shell().ok()?;
-    let absent = |program: &str| {
-        cmd!(shell, "which {program}")
-            .quiet()
-            .ignore_stdout()
-            .ignore_stderr()
-            .run()
-            .is_err()
-    };
+    let absent = |program: &str| cmd!(shell, "which {program}").quiet().ignore_stdout().ignore_stderr().run().is_err();
     let library = format!("/usr/lib/rustlib/{TARGET}/lib");
     [CARGO, RUSTC, LINKER, EMULATOR]
         .into_iter()
         .find(|program| absent(program))
-        .or_else(|| {
-            [SYSROOT, library.as_str()]
-                .into_iter()
-                .find(|path| !Path::new(path).exists())
-                .map(|_| SYSROOT)
-        })
+        .or_else(|| [SYSROOT, library.as_str()].into_iter().find(|path| !Path::new(path).exists()).map(|_| SYSROOT))
         .map(|what| format!("no {what}"))
 }
 
@@ -54,16 +42,11 @@ pub(crate) fn build() -> Result<String> {
 pub(crate) fn kernel_tests(cpu: &str) -> Result<String> {
     let shell = repo::shell()?;
     let programs = test_programs()?;
-    let kernels: Vec<_> = programs
-        .iter()
-        .filter(|(package, _)| package.contains("edgellm-kernels"))
-        .collect();
+    let kernels: Vec<_> = programs.iter().filter(|(package, _)| package.contains("edgellm-kernels")).collect();
     ensure!(!kernels.is_empty(), "the kernels have no test programs");
     let _folder = shell.push_dir("crates/edgellm-kernels");
     for (_, program) in &kernels {
-        cmd!(shell, "{EMULATOR} -cpu {cpu} -L {SYSROOT} {program}")
-            .quiet()
-            .run()?;
+        cmd!(shell, "{EMULATOR} -cpu {cpu} -L {SYSROOT} {program}").quiet().run()?;
     }
     Ok(format!("{} test programs on {cpu}", kernels.len()))
 }
@@ -72,46 +55,14 @@ pub(crate) fn kernel_tests(cpu: &str) -> Result<String> {
 pub(crate) fn command(cpu: &str) -> Result<String> {
     let model = repo::root()?.join("fixtures/model");
     let text = repo::root()?.join("fixtures/text/heldout.txt");
-    let eval = [
-        "eval",
-        "-m",
-        arg(&model)?,
-        "--text",
-        arg(&text)?,
-        "--context",
-        "128",
-        "--windows",
-        "2",
-    ];
-    let run = [
-        "run",
-        "-m",
-        arg(&model)?,
-        "-p",
-        "Where does Mara live?",
-        "--temp",
-        "0",
-        "-n",
-        "12",
-    ];
+    let eval = ["eval", "-m", arg(&model)?, "--text", arg(&text)?, "--context", "128", "--windows", "2"];
+    let run = ["run", "-m", arg(&model)?, "-p", "Where does Mara live?", "--temp", "0", "-n", "12"];
     let native = Edgellm::build(&[])?;
-    let emulated =
-        Edgellm::at(repo::shell()?, binary()?).under(&[EMULATOR, "-cpu", cpu, "-L", SYSROOT]);
-    let (here, there) = (
-        number(&native.json(eval)?, "perplexity")?,
-        number(&emulated.json(eval)?, "perplexity")?,
-    );
-    ensure!(
-        (there / here - 1.0).abs() < 1e-3,
-        "perplexity {there} on aarch64, {here} here"
-    );
+    let emulated = Edgellm::at(repo::shell()?, binary()?).under(&[EMULATOR, "-cpu", cpu, "-L", SYSROOT]);
+    let (here, there) = (number(&native.json(eval)?, "perplexity")?, number(&emulated.json(eval)?, "perplexity")?);
+    ensure!((there / here - 1.0).abs() < 1e-3, "perplexity {there} on aarch64, {here} here");
     let answer = emulated.json(run)?;
-    ensure!(
-        answer["text"]
-            .as_str()
-            .is_some_and(|t| !t.trim().is_empty()),
-        "no answer on aarch64: {answer}"
-    );
+    ensure!(answer["text"].as_str().is_some_and(|t| !t.trim().is_empty()), "no answer on aarch64: {answer}");
     Ok(format!("perplexity {there:.4} on {cpu}, {here:.4} here"))
 }
 
@@ -131,38 +82,22 @@ fn cargo<'a>(shell: &'a Shell, task: &str) -> Result<Cmd<'a>> {
 /// The command's binary, built where it is not up to date.
 fn binary() -> Result<PathBuf> {
     cargo(&repo::shell()?, "build")?.arg("--quiet").run()?;
-    Ok(repo::target()?
-        .join("cross")
-        .join(TARGET)
-        .join("release/edgellm"))
+    Ok(repo::target()?.join("cross").join(TARGET).join("release/edgellm"))
 }
 
 /// The test programs with their packages, built where they are not up to date.
 fn test_programs() -> Result<Vec<(String, PathBuf)>> {
     let shell = repo::shell()?;
-    let kind = [
-        "--no-run",
-        "--lib",
-        "--tests",
-        "--message-format",
-        "json-render-diagnostics",
-    ];
+    let kind = ["--no-run", "--lib", "--tests", "--message-format", "json-render-diagnostics"];
     let messages = cargo(&shell, "test")?.args(kind).read()?;
     let mut programs = Vec::new();
     for line in messages.lines() {
-        let message: Value =
-            serde_json::from_str(line).with_context(|| format!("cargo printed {line:.200}"))?;
+        let message: Value = serde_json::from_str(line).with_context(|| format!("cargo printed {line:.200}"))?;
         let package = message["package_id"].as_str().unwrap_or_default();
-        if let (Some(program), Some(true)) = (
-            message["executable"].as_str(),
-            message["profile"]["test"].as_bool(),
-        ) {
+        if let (Some(program), Some(true)) = (message["executable"].as_str(), message["profile"]["test"].as_bool()) {
             programs.push((package.to_owned(), PathBuf::from(program)));
         }
     }
-    ensure!(
-        !programs.is_empty(),
-        "cargo built no test programs for {TARGET}"
-    );
+    ensure!(!programs.is_empty(), "cargo built no test programs for {TARGET}");
     Ok(programs)
 }

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value;
 use xshell::{Shell, cmd};
 
@@ -25,22 +25,13 @@ impl Edgellm {
     /// Builds the command in release with the workspace's default features plus `features`.
     pub(crate) fn build(features: &[&str]) -> Result<Self> {
         let shell = repo::shell()?;
-        let built = repo::target()?
-            .join("release")
-            .join(format!("edgellm{}", std::env::consts::EXE_SUFFIX));
+        let built = repo::target()?.join("release").join(format!("edgellm{}", std::env::consts::EXE_SUFFIX));
         if features.is_empty() {
-            cmd!(shell, "cargo build --quiet --release -p edgellm")
-                .quiet()
-                .run()?;
+            cmd!(shell, "cargo build --quiet --release -p edgellm").quiet().run()?;
             return Ok(Self::at(shell, built));
         }
         let list = features.join(",");
-        cmd!(
-            shell,
-            "cargo build --quiet --release -p edgellm --features {list}"
-        )
-        .quiet()
-        .run()?;
+        cmd!(shell, "cargo build --quiet --release -p edgellm --features {list}").quiet().run()?;
         // A later build with other features replaces the binary, so this one is kept under its own name.
         let kept = repo::scratch("bin")?.join(format!("edgellm-{}", features.join("-")));
         fs::copy(&built, &kept).with_context(|| format!("cannot copy {}", built.display()))?;
@@ -49,17 +40,12 @@ impl Edgellm {
 
     /// A binary that is there already.
     pub(crate) fn at(shell: Shell, binary: PathBuf) -> Self {
-        Self {
-            shell,
-            program: vec![binary],
-            device: None,
-        }
+        Self { shell, program: vec![binary], device: None }
     }
 
     /// The same command under an emulator.
     pub(crate) fn under(mut self, emulator: &[&str]) -> Self {
-        self.program
-            .splice(0..0, emulator.iter().map(PathBuf::from));
+        self.program.splice(0..0, emulator.iter().map(PathBuf::from));
         self
     }
 
@@ -75,60 +61,34 @@ impl Edgellm {
         let shown = args.clone();
         let (program, rest) = self.program.split_first().context("a program")?;
         let device: Vec<&str> = self.device.iter().flat_map(|d| ["--device", d]).collect();
-        let text = cmd!(
-            self.shell,
-            "{program} {rest...} {args...} {device...} --json"
-        )
-        .quiet()
-        .read()?;
-        serde_json::from_str(&text)
-            .with_context(|| format!("edgellm {shown:?} did not print JSON: {text:.200}"))
+        let text = cmd!(self.shell, "{program} {rest...} {args...} {device...} --json").quiet().read()?;
+        serde_json::from_str(&text).with_context(|| format!("edgellm {shown:?} did not print JSON: {text:.200}"))
     }
 
-    /// Fetches the small real model into the store and returns its path.
+    /// Fetches a model into the store and returns its path.
     pub(crate) fn pull(&self, name: &str) -> Result<PathBuf> {
-        let (program, rest) = self.program.split_first().context("a program")?;
-        let text = cmd!(self.shell, "{program} {rest...} pull {name}")
-            .quiet()
-            .read()?;
-        let path = PathBuf::from(text.lines().last().unwrap_or_default().trim());
-        ensure!(
-            path.exists(),
-            "edgellm pull {name} printed no existing path: {text}"
-        );
-        Ok(path)
+        let pulled = self.json(["pull", name])?;
+        Ok(PathBuf::from(text(&pulled, "path")?))
     }
 }
 
 /// A number of the JSON output.
 pub(crate) fn number(value: &Value, key: &str) -> Result<f64> {
-    value[key]
-        .as_f64()
-        .with_context(|| format!("no number {key:?} in {value}"))
+    value[key].as_f64().with_context(|| format!("no number {key:?} in {value}"))
 }
 
 /// A list of token ids of the JSON output.
 pub(crate) fn ids(value: &Value, key: &str) -> Result<Vec<i64>> {
-    let list = value[key]
-        .as_array()
-        .with_context(|| format!("no list {key:?} in {value}"))?;
-    list.iter()
-        .map(|v| {
-            v.as_i64()
-                .with_context(|| format!("{v} in {key:?} is no id"))
-        })
-        .collect()
+    let list = value[key].as_array().with_context(|| format!("no list {key:?} in {value}"))?;
+    list.iter().map(|v| v.as_i64().with_context(|| format!("{v} in {key:?} is no id"))).collect()
 }
 
 /// A text of the JSON output.
 pub(crate) fn text<'a>(value: &'a Value, key: &str) -> Result<&'a str> {
-    value[key]
-        .as_str()
-        .with_context(|| format!("no text {key:?} in {value}"))
+    value[key].as_str().with_context(|| format!("no text {key:?} in {value}"))
 }
 
 /// Path as an argument.
 pub(crate) fn arg(path: &Path) -> Result<&str> {
-    path.to_str()
-        .with_context(|| format!("{} is not UTF-8", path.display()))
+    path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))
 }

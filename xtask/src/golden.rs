@@ -26,21 +26,11 @@ pub(crate) struct Golden {
 
 impl Golden {
     pub(crate) fn run(&self) -> Result<()> {
-        let Some(folder) = folder()? else {
-            bail!("no ../shared/golden beside the clone: nothing to compare with")
-        };
-        let features: &[&str] = if self.device == "flex" {
-            &[]
-        } else {
-            &[&self.device]
-        };
+        let Some(folder) = folder()? else { bail!("no ../shared/golden beside the clone: nothing to compare with") };
+        let features: &[&str] = if self.device == "flex" { &[] } else { &[&self.device] };
         let edgellm = Edgellm::build(features)?.on(&self.device);
         edgellm.pull(SMOLLM2)?;
-        let parts = if self.prompts_only {
-            Parts::Prompts
-        } else {
-            Parts::All
-        };
+        let parts = if self.prompts_only { Parts::Prompts } else { Parts::All };
         compare(&edgellm, &folder, tolerance(&self.device), parts).map(drop)
     }
 }
@@ -63,15 +53,9 @@ pub(crate) enum Parts {
 }
 
 /// Runs the comparison, prints a table of the differences and returns one line that sums it up.
-pub(crate) fn compare(
-    edgellm: &Edgellm,
-    folder: &Path,
-    tolerance: f64,
-    parts: Parts,
-) -> Result<String> {
+pub(crate) fn compare(edgellm: &Edgellm, folder: &Path, tolerance: f64, parts: Parts) -> Result<String> {
     let path = folder.join("smollm2.json");
-    let golden: Value =
-        serde_json::from_slice(&fs::read(&path)?).with_context(|| format!("{}", path.display()))?;
+    let golden: Value = serde_json::from_slice(&fs::read(&path)?).with_context(|| format!("{}", path.display()))?;
     let mut table = Table::default();
     let worst = prompts(edgellm, folder, &golden, tolerance, &mut table)?;
     let mut summary = format!("logits within {worst:.1e} (allowed {tolerance:.0e})");
@@ -94,10 +78,7 @@ struct Table {
 
 impl Table {
     fn row(&mut self, what: &str, right: bool, detail: &str) {
-        println!(
-            "  {:<4} {what:<24} {detail}",
-            if right { "ok" } else { "OFF" }
-        );
+        println!("  {:<4} {what:<24} {detail}", if right { "ok" } else { "OFF" });
         self.rows += 1;
         if !right {
             self.off.push(what.to_owned());
@@ -106,71 +87,35 @@ impl Table {
 
     fn finish(self) -> Result<()> {
         ensure!(self.rows > 0, "nothing was compared");
-        ensure!(
-            self.off.is_empty(),
-            "not the golden values: {}",
-            self.off.join(", ")
-        );
+        ensure!(self.off.is_empty(), "not the golden values: {}", self.off.join(", "));
         Ok(())
     }
 }
 
-fn prompts(
-    edgellm: &Edgellm,
-    folder: &Path,
-    golden: &Value,
-    tolerance: f64,
-    table: &mut Table,
-) -> Result<f64> {
+fn prompts(edgellm: &Edgellm, folder: &Path, golden: &Value, tolerance: f64, table: &mut Table) -> Result<f64> {
     let bytes = fs::read(folder.join("smollm2_logits.safetensors"))?;
     let expected = SafeTensors::deserialize(&bytes)?;
     let subset = ints(&expected, "vocab_subset")?;
     let scratch = repo::scratch("golden")?;
     let mut worst = 0.0_f64;
     for (name, prompt) in golden["prompts"].as_object().context("prompts")? {
-        let (file, out) = (
-            scratch.join("prompt.txt"),
-            scratch.join("logits.safetensors"),
-        );
+        let (file, out) = (scratch.join("prompt.txt"), scratch.join("logits.safetensors"));
         fs::write(&file, text(prompt, "text")?)?;
-        edgellm.json([
-            "run",
-            "-m",
-            SMOLLM2,
-            "--raw",
-            "-f",
-            arg(&file)?,
-            "-n",
-            "0",
-            "--dump-logits",
-            arg(&out)?,
-        ])?;
+        edgellm.json(["run", "-m", SMOLLM2, "--raw", "-f", arg(&file)?, "-n", "0", "--dump-logits", arg(&out)?])?;
         let bytes = fs::read(&out)?;
         let found = Logits::read(&bytes)?;
         let same_ids = found.token_ids == ids(prompt, "ids")?;
-        table.row(
-            &format!("{name}: token ids"),
-            same_ids,
-            &format!("{} tokens", found.token_ids.len()),
-        );
+        table.row(&format!("{name}: token ids"), same_ids, &format!("{} tokens", found.token_ids.len()));
         if same_ids {
             let (diff, logsumexp, argmax) = found.differences(&expected, name, &subset)?;
             worst = worst.max(diff).max(logsumexp);
-            table.row(
-                &format!("{name}: logits"),
-                diff <= tolerance,
-                &format!("max difference {diff:.2e}"),
-            );
+            table.row(&format!("{name}: logits"), diff <= tolerance, &format!("max difference {diff:.2e}"));
             table.row(
                 &format!("{name}: logsumexp"),
                 logsumexp <= tolerance,
                 &format!("max difference {logsumexp:.2e}"),
             );
-            table.row(
-                &format!("{name}: argmax"),
-                argmax == 0,
-                &format!("{argmax} differ"),
-            );
+            table.row(&format!("{name}: argmax"), argmax == 0, &format!("{argmax} differ"));
         }
     }
     Ok(worst)
@@ -188,28 +133,13 @@ impl Logits {
         let file = SafeTensors::deserialize(bytes)?;
         let shape = file.tensor("logits")?.shape().to_vec();
         let token_ids = ints(&file, "token_ids")?;
-        let [rows, vocabulary] = shape[..] else {
-            bail!("logits have shape {shape:?}, expected [T, V]")
-        };
-        ensure!(
-            rows == token_ids.len(),
-            "{rows} rows of logits for {} tokens",
-            token_ids.len()
-        );
-        Ok(Self {
-            token_ids,
-            logits: floats(&file, "logits")?,
-            vocabulary,
-        })
+        let [rows, vocabulary] = shape[..] else { bail!("logits have shape {shape:?}, expected [T, V]") };
+        ensure!(rows == token_ids.len(), "{rows} rows of logits for {} tokens", token_ids.len());
+        Ok(Self { token_ids, logits: floats(&file, "logits")?, vocabulary })
     }
 
     /// Largest differences of the logits in the columns `subset` and of the logsumexp, and how many argmaxes differ.
-    fn differences(
-        &self,
-        expected: &SafeTensors<'_>,
-        name: &str,
-        subset: &[i64],
-    ) -> Result<(f64, f64, usize)> {
+    fn differences(&self, expected: &SafeTensors<'_>, name: &str, subset: &[i64]) -> Result<(f64, f64, usize)> {
         let golden = floats(expected, &format!("{name}.logits_subset"))?;
         let golden_sums = floats(expected, &format!("{name}.logsumexp"))?;
         let golden_best = ints(expected, &format!("{name}.argmax"))?;
@@ -227,11 +157,7 @@ impl Logits {
 
 /// The larger magnitude; not-a-number counts as infinitely large, so that it cannot pass.
 fn larger(so_far: f64, difference: f64) -> f64 {
-    if difference.is_nan() {
-        f64::INFINITY
-    } else {
-        so_far.max(difference.abs())
-    }
+    if difference.is_nan() { f64::INFINITY } else { so_far.max(difference.abs()) }
 }
 
 fn logsumexp(row: &[f32]) -> f64 {
@@ -241,102 +167,40 @@ fn logsumexp(row: &[f32]) -> f64 {
 }
 
 fn argmax(row: &[f32]) -> usize {
-    row.iter()
-        .enumerate()
-        .fold(0, |best, (i, &x)| if x > row[best] { i } else { best })
+    row.iter().enumerate().fold(0, |best, (i, &x)| if x > row[best] { i } else { best })
 }
 
 fn floats(file: &SafeTensors<'_>, name: &str) -> Result<Vec<f32>> {
     let tensor = file.tensor(name)?;
-    ensure!(
-        tensor.dtype() == Dtype::F32,
-        "{name} is {:?}, expected F32",
-        tensor.dtype()
-    );
-    Ok(tensor
-        .data()
-        .as_chunks()
-        .0
-        .iter()
-        .map(|b| f32::from_le_bytes(*b))
-        .collect())
+    ensure!(tensor.dtype() == Dtype::F32, "{name} is {:?}, expected F32", tensor.dtype());
+    Ok(tensor.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
 }
 
 fn ints(file: &SafeTensors<'_>, name: &str) -> Result<Vec<i64>> {
     let tensor = file.tensor(name)?;
-    ensure!(
-        tensor.dtype() == Dtype::I32,
-        "{name} is {:?}, expected I32",
-        tensor.dtype()
-    );
-    Ok(tensor
-        .data()
-        .as_chunks()
-        .0
-        .iter()
-        .map(|b| i64::from(i32::from_le_bytes(*b)))
-        .collect())
+    ensure!(tensor.dtype() == Dtype::I32, "{name} is {:?}, expected I32", tensor.dtype());
+    Ok(tensor.data().as_chunks().0.iter().map(|b| i64::from(i32::from_le_bytes(*b))).collect())
 }
 
 fn greedy(edgellm: &Edgellm, golden: &Value, table: &mut Table) -> Result<()> {
     let file = repo::scratch("golden")?.join("prompt.txt");
-    for (i, (prompt, expected)) in golden["greedy"]
-        .as_object()
-        .context("greedy")?
-        .iter()
-        .enumerate()
-    {
+    for (i, (prompt, expected)) in golden["greedy"].as_object().context("greedy")?.iter().enumerate() {
         fs::write(&file, prompt)?;
-        let run = edgellm.json([
-            "run",
-            "-m",
-            SMOLLM2,
-            "--raw",
-            "-f",
-            arg(&file)?,
-            "--temp",
-            "0",
-            "-n",
-            "64",
-        ])?;
+        let run = edgellm.json(["run", "-m", SMOLLM2, "--raw", "-f", arg(&file)?, "--temp", "0", "-n", "64"])?;
         let (found, expected) = (ids(&run, "token_ids")?, ids(expected, "ids")?);
-        let same = found
-            .iter()
-            .zip(&expected)
-            .take_while(|(a, b)| a == b)
-            .count();
-        table.row(
-            &format!("greedy {i}"),
-            found == expected,
-            &format!("{same} of {} tokens the same", expected.len()),
-        );
+        let same = found.iter().zip(&expected).take_while(|(a, b)| a == b).count();
+        table.row(&format!("greedy {i}"), found == expected, &format!("{same} of {} tokens the same", expected.len()));
     }
     Ok(())
 }
 
 fn chats(edgellm: &Edgellm, golden: &Value, table: &mut Table) -> Result<()> {
     let file = repo::scratch("golden")?.join("messages.json");
-    for (i, chat) in golden["chats"]
-        .as_array()
-        .context("chats")?
-        .iter()
-        .enumerate()
-    {
+    for (i, chat) in golden["chats"].as_array().context("chats")?.iter().enumerate() {
         fs::write(&file, chat["messages"].to_string())?;
-        let run = edgellm.json([
-            "run",
-            "-m",
-            SMOLLM2,
-            "--messages",
-            arg(&file)?,
-            "--render-only",
-        ])?;
+        let run = edgellm.json(["run", "-m", SMOLLM2, "--messages", arg(&file)?, "--render-only"])?;
         table.row(&format!("chat {i}: text"), run["text"] == chat["text"], "");
-        table.row(
-            &format!("chat {i}: token ids"),
-            ids(&run, "token_ids")? == ids(chat, "ids")?,
-            "",
-        );
+        table.row(&format!("chat {i}: token ids"), ids(&run, "token_ids")? == ids(chat, "ids")?, "");
     }
     Ok(())
 }
@@ -344,34 +208,18 @@ fn chats(edgellm: &Edgellm, golden: &Value, table: &mut Table) -> Result<()> {
 /// Relative difference of the perplexity (over all targets, and over the second half of each window).
 fn perplexity(edgellm: &Edgellm, golden: &Value, table: &mut Table) -> Result<f64> {
     let golden = &golden["perplexity"];
-    let data = repo::shared("data")?
-        .context("no ../shared/data")?
-        .join(text(golden, "text")?);
+    let data = repo::shared("data")?.context("no ../shared/data")?.join(text(golden, "text")?);
     let (window, windows) = (golden["window"].to_string(), golden["windows"].to_string());
-    let eval = edgellm.json([
-        "eval",
-        "-m",
-        SMOLLM2,
-        "--text",
-        arg(&data)?,
-        "--context",
-        &window,
-        "--windows",
-        &windows,
-    ])?;
+    let eval =
+        edgellm.json(["eval", "-m", SMOLLM2, "--text", arg(&data)?, "--context", &window, "--windows", &windows])?;
     let mut worst = 0.0_f64;
-    for (key, golden_key) in [
-        ("perplexity", "all_targets"),
-        ("second_half_perplexity", "second_half_targets_256_to_510"),
-    ] {
+    for (key, golden_key) in
+        [("perplexity", "all_targets"), ("second_half_perplexity", "second_half_targets_256_to_510")]
+    {
         let (found, expected) = (number(&eval, key)?, number(golden, golden_key)?);
         let off = larger(0.0, found / expected - 1.0);
         worst = worst.max(off);
-        table.row(
-            key,
-            off <= 2e-3,
-            &format!("{found:.4}, golden {expected:.4} ({:.4}% off)", off * 100.0),
-        );
+        table.row(key, off <= 2e-3, &format!("{found:.4}, golden {expected:.4} ({:.4}% off)", off * 100.0));
     }
     Ok(worst)
 }

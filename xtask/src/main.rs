@@ -3,11 +3,7 @@
 //! here: the tasks drive the `edgellm` command as a user would.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "tasks talk to a person"
-)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "tasks talk to a person")]
 
 mod architecture;
 mod checks;

@@ -9,12 +9,8 @@ use xshell::Shell;
 /// The root of the repository.
 pub(crate) fn root() -> Result<PathBuf> {
     // The variable is right at run time also when the build was cached for another clone.
-    let xtask =
-        env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-    Ok(Path::new(&xtask)
-        .parent()
-        .context("xtask lies in the repository")?
-        .to_owned())
+    let xtask = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Ok(Path::new(&xtask).parent().context("xtask lies in the repository")?.to_owned())
 }
 
 /// A shell in the root of the repository.

@@ -4,11 +4,7 @@ const EIGHTHS: [char; 7] = ['▏', '▎', '▍', '▌', '▋', '▊', '▉'];
 
 /// A bar of `value` where `full` would be `width` characters; always `width` characters, blank to the right.
 pub(super) fn bar(value: f64, full: f64, width: usize) -> String {
-    let part = if full > 0.0 {
-        (value / full).clamp(0.0, 1.0)
-    } else {
-        0.0
-    };
+    let part = if full > 0.0 { (value / full).clamp(0.0, 1.0) } else { 0.0 };
     let eighths = (part * width as f64 * 8.0).round() as usize;
     let mut text = "█".repeat(eighths / 8);
     if let Some(rest) = (eighths % 8).checked_sub(1) {

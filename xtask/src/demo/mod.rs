@@ -96,10 +96,7 @@ const QUESTION: &str = "What is my favourite drink?";
 
 /// Runs every stage, prints the summary, and returns its first line.
 fn show(settings: &Settings) -> Result<String> {
-    println!(
-        "EdgeLLM on {}: smaller, then tuned to one user, all on this machine.\n",
-        settings.title
-    );
+    println!("EdgeLLM on {}: smaller, then tuned to one user, all on this machine.\n", settings.title);
     let start = Instant::now();
     let mut stages = Stages::new(settings)?;
     let parameters = stages.prepare()?;
@@ -153,13 +150,7 @@ impl<'a> Stages<'a> {
             }
             _ => fs::create_dir_all(&folder)?,
         }
-        Ok(Self {
-            settings,
-            edgellm,
-            folder,
-            fixtures: repo::root()?.join("fixtures"),
-            done: 0,
-        })
+        Ok(Self { settings, edgellm, folder, fixtures: repo::root()?.join("fixtures"), done: 0 })
     }
 
     fn stage<T>(&mut self, what: &str, run: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
@@ -186,52 +177,22 @@ impl<'a> Stages<'a> {
             if s.settings.pull {
                 s.edgellm.pull(&s.settings.model)?;
             }
-            number(
-                &s.edgellm.json(["inspect", &s.settings.model])?,
-                "parameters",
-            )
+            number(&s.edgellm.json(["inspect", &s.settings.model])?, "parameters")
         })
     }
 
     fn plan(&mut self) -> Result<Vec<Unit>> {
-        self.stage(
-            "measure: how much each layer suffers from each width",
-            |s| {
-                let (out, calibration) = (
-                    s.path("measurement.json")?,
-                    s.fixture("text/calibration.txt")?,
-                );
-                let tokens = s.settings.calibration_tokens;
-                let model = &s.settings.model;
-                let args = [
-                    "measure",
-                    "-m",
-                    model,
-                    "-o",
-                    &out,
-                    "--text",
-                    &calibration,
-                    "--tokens",
-                    tokens,
-                ];
-                s.edgellm
-                    .json(args.into_iter().chain(["--group-size", "32"]))
-            },
-        )?;
+        self.stage("measure: how much each layer suffers from each width", |s| {
+            let (out, calibration) = (s.path("measurement.json")?, s.fixture("text/calibration.txt")?);
+            let tokens = s.settings.calibration_tokens;
+            let model = &s.settings.model;
+            let args = ["measure", "-m", model, "-o", &out, "--text", &calibration, "--tokens", tokens];
+            s.edgellm.json(args.into_iter().chain(["--group-size", "32"]))
+        })?;
         self.stage("plan: the widths that cost least for the size", |s| {
             let (measurement, out) = (s.path("measurement.json")?, s.path("policy.toml")?);
             let bpw = s.settings.target_bpw;
-            let args = [
-                "plan",
-                "--measurement",
-                &measurement,
-                "--solver",
-                "solve",
-                "--target-bpw",
-                bpw,
-                "-o",
-                &out,
-            ];
+            let args = ["plan", "--measurement", &measurement, "--solver", "solve", "--target-bpw", bpw, "-o", &out];
             let plan = s.edgellm.json(args)?;
             let units = plan["units"].as_array().context("no units in the plan")?;
             units.iter().map(Unit::read).collect()
@@ -241,46 +202,18 @@ impl<'a> Stages<'a> {
     fn compress(&mut self) -> Result<(f64, f64)> {
         self.stage("compress: write the smaller model", |s| {
             let (policy, out) = (s.path("policy.toml")?, s.path("compressed")?);
-            let json = s.edgellm.json([
-                "compress",
-                "-m",
-                &s.settings.model,
-                "--policy",
-                &policy,
-                "-o",
-                &out,
-            ])?;
-            Ok((
-                number(&json, "bytes_before")?,
-                number(&json, "bytes_after")?,
-            ))
+            let json = s.edgellm.json(["compress", "-m", &s.settings.model, "--policy", &policy, "-o", &out])?;
+            Ok((number(&json, "bytes_before")?, number(&json, "bytes_after")?))
         })
     }
 
     /// Perplexity of the base, and of the compressed model with its distance from the base.
     fn quality(&mut self) -> Result<(Value, Value)> {
         self.stage("eval: what the smaller size costs", |s| {
-            let (base, small, text) = (
-                &s.settings.model,
-                s.path("compressed")?,
-                s.fixture("text/heldout.txt")?,
-            );
-            let window = [
-                "--text",
-                &text,
-                "--context",
-                s.settings.context,
-                "--windows",
-                s.settings.windows,
-            ];
-            let of_base = s
-                .edgellm
-                .json(["eval", "-m", base].into_iter().chain(window))?;
-            let of_small = s.edgellm.json(
-                ["eval", "-m", &small, "--base", base]
-                    .into_iter()
-                    .chain(window),
-            )?;
+            let (base, small, text) = (&s.settings.model, s.path("compressed")?, s.fixture("text/heldout.txt")?);
+            let window = ["--text", &text, "--context", s.settings.context, "--windows", s.settings.windows];
+            let of_base = s.edgellm.json(["eval", "-m", base].into_iter().chain(window))?;
+            let of_small = s.edgellm.json(["eval", "-m", &small, "--base", base].into_iter().chain(window))?;
             Ok((of_base, of_small))
         })
     }
@@ -289,49 +222,13 @@ impl<'a> Stages<'a> {
     fn tune(&mut self) -> Result<(f64, f64)> {
         self.stage("adapt: learn what one user told it", |s| {
             let (model, out) = (s.path("compressed")?, s.path("adapter")?);
-            let (data, heldout) = (
-                s.fixture("instruct/train.jsonl")?,
-                s.fixture("instruct/heldout.jsonl")?,
-            );
+            let (data, heldout) = (s.fixture("instruct/train.jsonl")?, s.fixture("instruct/heldout.jsonl")?);
             let set = s.settings;
-            let mut args = vec![
-                "adapt",
-                "-m",
-                &model,
-                "--data",
-                &data,
-                "--eval-data",
-                &heldout,
-                "-o",
-                &out,
-            ];
-            args.extend([
-                "--steps",
-                set.steps,
-                "--batch",
-                "4",
-                "--max-len",
-                set.max_len,
-                "--window",
-                set.window,
-            ]);
-            args.extend([
-                "--exits",
-                "4",
-                "--rank",
-                "8",
-                "--alpha",
-                "16",
-                "--lr",
-                set.lr,
-                "--template",
-                "chat",
-            ]);
+            let mut args = vec!["adapt", "-m", &model, "--data", &data, "--eval-data", &heldout, "-o", &out];
+            args.extend(["--steps", set.steps, "--batch", "4", "--max-len", set.max_len, "--window", set.window]);
+            args.extend(["--exits", "4", "--rank", "8", "--alpha", "16", "--lr", set.lr, "--template", "chat"]);
             let json = s.edgellm.json(args)?;
-            Ok((
-                number(&json, "heldout_before")?,
-                number(&json, "heldout_after")?,
-            ))
+            Ok((number(&json, "heldout_before")?, number(&json, "heldout_after")?))
         })
     }
 
@@ -340,17 +237,7 @@ impl<'a> Stages<'a> {
         self.stage("eval: let the exits vote", |s| {
             let (model, adapter) = (s.path("compressed")?, s.path("adapter")?);
             let heldout = s.fixture("instruct/heldout.jsonl")?;
-            let args = [
-                "eval",
-                "-m",
-                &model,
-                "--adapter",
-                &adapter,
-                "--data",
-                &heldout,
-                "--template",
-                "chat",
-            ];
+            let args = ["eval", "-m", &model, "--adapter", &adapter, "--data", &heldout, "--template", "chat"];
             VOTES
                 .iter()
                 .map(|vote| {
@@ -365,17 +252,10 @@ impl<'a> Stages<'a> {
     fn answers(&mut self) -> Result<(String, String)> {
         self.stage("run: ask the same question before and after", |s| {
             let (model, adapter) = (s.path("compressed")?, s.path("adapter")?);
-            let ask = [
-                "run", "-m", &model, "-p", QUESTION, "--temp", "0", "-n", "60",
-            ];
+            let ask = ["run", "-m", &model, "-p", QUESTION, "--temp", "0", "-n", "60"];
             let before = s.edgellm.json(ask)?;
-            let after = s
-                .edgellm
-                .json(ask.into_iter().chain(["--adapter", &adapter]))?;
-            Ok((
-                text(&before, "text")?.trim().to_owned(),
-                text(&after, "text")?.trim().to_owned(),
-            ))
+            let after = s.edgellm.json(ask.into_iter().chain(["--adapter", &adapter]))?;
+            Ok((text(&before, "text")?.trim().to_owned(), text(&after, "text")?.trim().to_owned()))
         })
     }
 }

@@ -23,7 +23,7 @@ impl Unit {
         Ok(Self {
             name: text(unit, "unit")?.to_owned(),
             format: text(unit, "format")?.to_owned(),
-            bits: number(unit, "bits")?,
+            bits: number(unit, "bits_per_weight")?,
         })
     }
 }
@@ -66,12 +66,7 @@ impl Summary {
     pub(super) fn render(&self) -> String {
         let mut out = String::new();
         let rule = "─".repeat(WIDTH);
-        let _ = writeln!(
-            out,
-            "{rule}\n{}, {:.1} million parameters\n{rule}",
-            self.title,
-            self.parameters / 1e6
-        );
+        let _ = writeln!(out, "{rule}\n{}, {:.1} million parameters\n{rule}", self.title, self.parameters / 1e6);
         self.size(&mut out);
         self.bits(&mut out);
         self.loss(&mut out);
@@ -83,17 +78,9 @@ impl Summary {
     fn size(&self, out: &mut String) {
         let (before, after) = (self.bytes_before / 1e6, self.bytes_after / 1e6);
         let _ = writeln!(out, "\nSIZE");
-        let _ = writeln!(
-            out,
-            "  before  {} {before:8.2} MB",
-            bar(before, before, BAR)
-        );
-        let _ = writeln!(
-            out,
-            "  after   {} {after:8.2} MB, {:.1} times smaller",
-            bar(after, before, BAR),
-            before / after
-        );
+        let _ = writeln!(out, "  before  {} {before:8.2} MB", bar(before, before, BAR));
+        let _ =
+            writeln!(out, "  after   {} {after:8.2} MB, {:.1} times smaller", bar(after, before, BAR), before / after);
         let _ = writeln!(
             out,
             "  Perplexity {:.3} became {:.3} (lower is better); the next word it would\n  \
@@ -110,56 +97,32 @@ impl Summary {
         let full = self.units.iter().map(|u| u.bits).fold(8.0, f64::max);
         for unit in &self.units {
             let Unit { name, format, bits } = unit;
-            let _ = writeln!(
-                out,
-                "  {name:<12} {} {bits:5.2}  {format}",
-                bar(*bits, full, BAR)
-            );
+            let _ = writeln!(out, "  {name:<12} {} {bits:5.2}  {format}", bar(*bits, full, BAR));
         }
     }
 
     fn loss(&self, out: &mut String) {
         let (before, after) = (self.loss_before, self.loss_after);
         let full = before.max(after);
-        let _ = writeln!(
-            out,
-            "\nHELD-OUT LOSS on questions about the user that were not in the tuning data"
-        );
+        let _ = writeln!(out, "\nHELD-OUT LOSS on questions about the user that were not in the tuning data");
         let _ = writeln!(out, "  before  {} {before:7.3}", bar(before, full, BAR));
         let _ = writeln!(out, "  after   {} {after:7.3}", bar(after, full, BAR));
-        let _ = writeln!(
-            out,
-            "\nVOTES of the exits (loss of the tuned model when the exits decide together)"
-        );
+        let _ = writeln!(out, "\nVOTES of the exits (loss of the tuned model when the exits decide together)");
         for (vote, loss) in &self.votes {
             let _ = writeln!(out, "  {vote:<7} {} {loss:7.3}", bar(*loss, full, BAR));
         }
         if let Some((vote, loss)) = self.votes.iter().min_by(|a, b| a.1.total_cmp(&b.1)) {
-            let last = self
-                .votes
-                .iter()
-                .find(|v| v.0 == "last")
-                .map_or(*loss, |v| v.1);
+            let last = self.votes.iter().find(|v| v.0 == "last").map_or(*loss, |v| v.1);
             let _ = match *vote {
-                "last" => writeln!(
-                    out,
-                    "  The last exit alone does best here: voting changed nothing for the better."
-                ),
-                _ => writeln!(
-                    out,
-                    "  The vote '{vote}' is better than the last exit alone by {:.3}.",
-                    last - loss
-                ),
+                "last" => writeln!(out, "  The last exit alone does best here: voting changed nothing for the better."),
+                _ => writeln!(out, "  The vote '{vote}' is better than the last exit alone by {:.3}.", last - loss),
             };
         }
     }
 
     fn answers(&self, out: &mut String) {
         let _ = writeln!(out, "\nONE QUESTION\n  {}", self.question);
-        for (when, answer) in [
-            ("before", &self.answer_before),
-            ("after", &self.answer_after),
-        ] {
+        for (when, answer) in [("before", &self.answer_before), ("after", &self.answer_after)] {
             for (i, line) in wrap(answer, WIDTH - 10).iter().enumerate() {
                 let _ = writeln!(out, "  {:<7} {line}", if i == 0 { when } else { "" });
             }
@@ -173,11 +136,8 @@ mod tests {
 
     #[test]
     fn nothing_is_wider_than_a_terminal() {
-        let units = (0..3).map(|i| Unit {
-            name: format!("block.{i}"),
-            format: "q4g32a".to_owned(),
-            bits: 4.0 + f64::from(i),
-        });
+        let units =
+            (0..3).map(|i| Unit { name: format!("block.{i}"), format: "q4g32a".to_owned(), bits: 4.0 + f64::from(i) });
         let summary = Summary {
             title: "a model".to_owned(),
             parameters: 135e6,
@@ -201,9 +161,6 @@ mod tests {
             assert!(line.chars().count() <= WIDTH, "{line}");
         }
         assert!(text.contains("2.8 times smaller"), "{text}");
-        assert!(
-            text.contains("'mean' is better than the last exit alone by 0.050"),
-            "{text}"
-        );
+        assert!(text.contains("'mean' is better than the last exit alone by 0.050"), "{text}");
     }
 }
