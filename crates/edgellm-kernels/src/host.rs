@@ -76,7 +76,7 @@ impl PackedHost {
     }
 
     /// Wraps the raw elements of an unpadded row-major float matrix (of a safetensors or GGUF file). No copy is made unless a row
-    /// of 16-bit floats has an odd number of columns, or the bytes are not aligned to 4.
+    /// of 16-bit floats has an odd number of columns, or the bytes are not aligned to 4. The values are not looked at.
     ///
     /// # Errors
     /// [`KernelError::Length`] if the length is not `rows * cols` elements of the float type,

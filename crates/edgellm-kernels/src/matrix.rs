@@ -33,6 +33,9 @@ pub struct Lora {
 
 impl PackedHost {
     /// Puts the matrix on a device. An autodiff device stands for its inner device.
+    ///
+    /// # Panics
+    /// If the public fields were changed so that the buffers no longer fit the layout.
     pub fn to_device(self, device: &Device) -> PackedMatrix {
         let device = if device.is_autodiff() { device.clone().inner() } else { device.clone() };
         let layout = self.layout;

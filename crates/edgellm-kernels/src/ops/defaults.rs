@@ -12,8 +12,8 @@ use burn::tensor::{Shape, Slice, TensorData};
 use super::{AttentionParams, EdgeOps, decode};
 use crate::format::PackedLayout;
 
-/// Elements of a decoded chunk of rows.
-const CHUNK: usize = 1 << 22;
+/// Elements of a decoded chunk of rows; few in unit tests, so that small matrices have several chunks.
+const CHUNK: usize = if cfg!(test) { 256 } else { 1 << 22 };
 /// Added to the scores of keys that a query does not see. Finite, so that no device computes `inf - inf`; after the softmax
 /// it is an exact zero, because every query sees at least its own position.
 const MASKED: f32 = -1e30;
@@ -335,3 +335,6 @@ fn concat<B: Backend>(mut parts: Vec<FloatTensor<B>>, dim: usize) -> FloatTensor
 fn sum<B: Backend>(parts: impl Iterator<Item = FloatTensor<B>>) -> FloatTensor<B> {
     parts.reduce(|total, part| B::float_add(total, part)).expect("a packed matrix has rows")
 }
+
+#[cfg(test)]
+mod tests;

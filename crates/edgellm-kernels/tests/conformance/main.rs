@@ -12,3 +12,4 @@ mod gradients;
 mod layers;
 mod packed;
 mod reference;
+mod threads;
