@@ -108,3 +108,53 @@ fn read_back(tensor: Tensor<2, Int>) -> Result<Bytes> {
     }
     Ok(data.into_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use burn::tensor::AllocationProperty;
+
+    use super::*;
+    use crate::Format;
+
+    /// A matrix whose buffers are views into one shared buffer, as of a memory map.
+    fn shared() -> (PackedHost, *const u8) {
+        let layout = PackedLayout::new(3, 64, Format::parse("q4g32a").unwrap()).unwrap();
+        let host = PackedHost::quantize(&[0.25; 192], layout).unwrap();
+        let mut file = vec![0u8; 64];
+        file.extend_from_slice(&host.words);
+        file.extend_from_slice(&host.scales);
+        let file = bytes::Bytes::from(file);
+        let view = |range| Bytes::from_shared(file.slice(range), AllocationProperty::Native);
+        let end = 64 + host.words.len();
+        let host = PackedHost::from_parts(layout, view(64..end), view(end..file.len())).unwrap();
+        (host, file[64..].as_ptr())
+    }
+
+    #[test]
+    fn the_cpu_uses_shared_bytes_in_place() {
+        let (host, address) = shared();
+        let matrix = host.to_device(&Device::flex());
+        let (words, _) = matrix.parts();
+        let words = words.try_into_primitive::<Flex>().unwrap();
+        assert_eq!(words.bytes().as_ptr(), address);
+        assert_eq!(words.as_slice::<u32>().unwrap().len(), 3 * 8);
+    }
+
+    #[test]
+    fn moving_between_devices() {
+        let (host, _) = shared();
+        let flex = Device::flex();
+        let matrix = host.clone().to_device(&flex.clone().autodiff());
+        assert_eq!(matrix.device(), flex, "the inner device");
+        assert_eq!(matrix.to_device(&flex).unwrap().to_host().unwrap(), host);
+        assert_eq!(matrix.layout(), host.layout);
+        #[cfg(feature = "ndarray")]
+        #[allow(deprecated)]
+        {
+            let there = matrix.to_device(&Device::ndarray()).unwrap();
+            assert_eq!(there.device(), Device::ndarray());
+            assert_eq!(there.to_host().unwrap(), host);
+        }
+    }
+}
