@@ -153,9 +153,9 @@ mod tests {
         assert_eq!(factor, 1.0);
         close(&freqs[..28], &plain[..28]);
         close(&freqs[36..], &plain[36..].iter().map(|f| f / 8.0).collect::<Vec<_>>());
-        // Pair 32 by hand: frequency 500000^-0.5 = 1.41421e-3, 1.84384 turns in 8192 positions, so 0.281281 of it is
-        // kept and the rest divided by 8: 1.41421e-3 (0.281281 + 0.718719 / 8).
-        close(&freqs[32..33], &[1.414_213_562e-3 * (0.281_280_6 + 0.718_719_4 / 8.0)]);
+        // Pair 32 by hand: frequency 500000^-0.5 = 1.41421e-3, 1.84385 turns in 8192 positions, so 0.281283 of it is
+        // kept and the rest divided by 8: 1.41421e-3 (0.281283 + 0.718717 / 8).
+        close(&freqs[32..33], &[1.414_213_562e-3 * (0.281_282_6 + 0.718_717_4 / 8.0)]);
     }
 
     #[test]

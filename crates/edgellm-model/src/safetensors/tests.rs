@@ -73,6 +73,7 @@ fn the_writer_refuses_what_was_not_announced() {
     let mut writer = SafetensorsWriter::create(&path, std::slice::from_ref(&spec)).unwrap();
     writer.write("a", &[0; 8]).unwrap();
     assert!(writer.write("a", &[0; 8]).unwrap_err().to_string().contains("twice"));
+    drop(writer);
     let writer = SafetensorsWriter::create(&path, std::slice::from_ref(&spec)).unwrap();
     assert!(writer.finish().unwrap_err().to_string().contains("expected its bytes"));
     assert!(SafetensorsWriter::create(&path, &[spec.clone(), spec.clone()]).is_err());
