@@ -145,3 +145,6 @@ pub fn force_isa(isa: Isa) -> Result<()> {
     ACTIVE.store(isa as u8, Ordering::Relaxed);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,6 +22,8 @@ pub(crate) struct PackedRows<'a> {
     layout: PackedLayout,
     words: &'a [u32],
     scales: &'a [u32],
+    row_words: usize,
+    row_scale_words: usize,
 }
 
 impl<'a> PackedRows<'a> {
@@ -29,11 +31,12 @@ impl<'a> PackedRows<'a> {
     /// If the lengths do not follow from the layout.
     pub(crate) fn new(layout: PackedLayout, words: &'a [u32], scales: &'a [u32]) -> Self {
         assert!(layout.format.check().is_ok() && layout.cols > 0, "a packed matrix {layout}");
-        assert_eq!(words.len(), layout.rows * layout.row_words(), "words of a packed matrix {layout}");
-        if layout.row_scale_words() > 0 {
-            assert_eq!(scales.len(), layout.rows * layout.row_scale_words(), "scales of a packed matrix {layout}");
+        let (row_words, row_scale_words) = (layout.row_words(), layout.row_scale_words());
+        assert_eq!(words.len(), layout.rows * row_words, "words of a packed matrix {layout}");
+        if row_scale_words > 0 {
+            assert_eq!(scales.len(), layout.rows * row_scale_words, "scales of a packed matrix {layout}");
         }
-        PackedRows { layout, words, scales }
+        PackedRows { layout, words, scales, row_words, row_scale_words }
     }
 
     pub(crate) fn layout(&self) -> PackedLayout {
@@ -322,7 +325,7 @@ impl RowBytes<'_> {
 impl<'a> Job<'a> {
     #[inline(always)]
     fn row(&self, row: usize) -> (RowBytes<'a>, &'a [u32]) {
-        let (words, scales) = (self.matrix.layout.row_words(), self.matrix.layout.row_scale_words());
+        let (words, scales) = (self.matrix.row_words, self.matrix.row_scale_words);
         let bytes = bytemuck::cast_slice(&self.matrix.words[row * words..]);
         let scales = if scales == 0 { &[] } else { &self.matrix.scales[row * scales..(row + 1) * scales] };
         (RowBytes { bytes, row_bytes: words * 4 }, scales)
