@@ -20,7 +20,7 @@ pub(crate) struct CheckGguf {
 
 impl CheckGguf {
     pub(crate) fn run(&self) -> Result<()> {
-        let edgellm = Edgellm::build(&[])?;
+        let edgellm = Edgellm::build(&[])?.quietly();
         println!("{}", gguf_types(&edgellm)?);
         if let Some(file) = &self.file {
             println!("{}", gguf_file(&edgellm, file)?);
@@ -35,7 +35,7 @@ pub(crate) struct CheckAdapter {}
 
 impl CheckAdapter {
     pub(crate) fn run(&self) -> Result<()> {
-        println!("{}", adapter(&Edgellm::build(&[])?)?);
+        println!("{}", adapter(&Edgellm::build(&[])?.quietly())?);
         Ok(())
     }
 }
@@ -50,7 +50,7 @@ pub(crate) struct CheckPeft {
 
 impl CheckPeft {
     pub(crate) fn run(&self) -> Result<()> {
-        let edgellm = Edgellm::build(&[])?;
+        let edgellm = Edgellm::build(&[])?.quietly();
         edgellm.pull(SMOLLM2)?;
         let folder = repo::scratch("peft")?;
         let tuned = tune(&edgellm, SMOLLM2, &folder, self.steps)?;

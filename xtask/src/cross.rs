@@ -57,8 +57,8 @@ pub(crate) fn command(cpu: &str) -> Result<String> {
     let text = repo::root()?.join("fixtures/text/heldout.txt");
     let eval = ["eval", "-m", arg(&model)?, "--text", arg(&text)?, "--context", "128", "--windows", "2"];
     let run = ["run", "-m", arg(&model)?, "-p", "Where does Mara live?", "--temp", "0", "-n", "12"];
-    let native = Edgellm::build(&[])?;
-    let emulated = Edgellm::at(repo::shell()?, binary()?).under(&[EMULATOR, "-cpu", cpu, "-L", SYSROOT]);
+    let native = Edgellm::build(&[])?.quietly();
+    let emulated = Edgellm::at(repo::shell()?, binary()?).quietly().under(&[EMULATOR, "-cpu", cpu, "-L", SYSROOT]);
     let (here, there) = (number(&native.json(eval)?, "perplexity")?, number(&emulated.json(eval)?, "perplexity")?);
     ensure!((there / here - 1.0).abs() < 1e-3, "perplexity {there} on aarch64, {here} here");
     let answer = emulated.json(run)?;

@@ -19,6 +19,7 @@ pub(crate) struct Edgellm {
     /// The binary, or an emulator with its options and the binary.
     program: Vec<PathBuf>,
     device: Option<String>,
+    quiet: bool,
 }
 
 impl Edgellm {
@@ -40,7 +41,7 @@ impl Edgellm {
 
     /// A binary that is there already.
     pub(crate) fn at(shell: Shell, binary: PathBuf) -> Self {
-        Self { shell, program: vec![binary], device: None }
+        Self { shell, program: vec![binary], device: None, quiet: false }
     }
 
     /// The same command under an emulator.
@@ -55,13 +56,20 @@ impl Edgellm {
         self
     }
 
-    /// Runs the command with `--json` and parses its standard output; progress goes to the terminal.
+    /// The same command without progress and messages.
+    pub(crate) fn quietly(mut self) -> Self {
+        self.quiet = true;
+        self
+    }
+
+    /// Runs the command with `--json` and parses its standard output; progress and messages go to the terminal.
     pub(crate) fn json<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Result<Value> {
         let args: Vec<_> = args.into_iter().map(|a| a.as_ref().to_owned()).collect();
         let shown = args.clone();
         let (program, rest) = self.program.split_first().context("a program")?;
-        let device: Vec<&str> = self.device.iter().flat_map(|d| ["--device", d]).collect();
-        let text = cmd!(self.shell, "{program} {rest...} {args...} {device...} --json").quiet().read()?;
+        let device = self.device.iter().flat_map(|d| ["--device", d]);
+        let options: Vec<&str> = device.chain(self.quiet.then_some("--quiet")).collect();
+        let text = cmd!(self.shell, "{program} {rest...} {args...} {options...} --json").quiet().read()?;
         serde_json::from_str(&text).with_context(|| format!("edgellm {shown:?} did not print JSON: {text:.200}"))
     }
 

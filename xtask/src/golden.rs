@@ -28,7 +28,7 @@ impl Golden {
     pub(crate) fn run(&self) -> Result<()> {
         let Some(folder) = folder()? else { bail!("no ../shared/golden beside the clone: nothing to compare with") };
         let features: &[&str] = if self.device == "flex" { &[] } else { &[&self.device] };
-        let edgellm = Edgellm::build(features)?.on(&self.device);
+        let edgellm = Edgellm::build(features)?.on(&self.device).quietly();
         edgellm.pull(SMOLLM2)?;
         let parts = if self.prompts_only { Parts::Prompts } else { Parts::All };
         compare(&edgellm, &folder, tolerance(&self.device), parts).map(drop)

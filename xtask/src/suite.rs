@@ -51,8 +51,16 @@ const STEPS: [Step; 16] = [
         run: || on_aarch64(|| cross::kernel_tests("cortex-a57")),
     },
     Step { name: "aarch64: the command", quick: false, run: || on_aarch64(|| cross::command("max")) },
-    Step { name: "adapter layout", quick: false, run: || checks::adapter(&Edgellm::build(&[])?).map(Outcome::Passed) },
-    Step { name: "GGUF types", quick: false, run: || checks::gguf_types(&Edgellm::build(&[])?).map(Outcome::Passed) },
+    Step {
+        name: "adapter layout",
+        quick: false,
+        run: || checks::adapter(&Edgellm::build(&[])?.quietly()).map(Outcome::Passed),
+    },
+    Step {
+        name: "GGUF types",
+        quick: false,
+        run: || checks::gguf_types(&Edgellm::build(&[])?.quietly()).map(Outcome::Passed),
+    },
     Step { name: "pull the real model", quick: false, run: pull },
     Step { name: "GGUF of the real model", quick: false, run: gguf_of_the_real_model },
     Step { name: "parity on flex", quick: false, run: || parity("flex", golden::Parts::All) },
@@ -203,12 +211,12 @@ fn on_aarch64(step: impl Fn() -> Result<String>) -> Result<Outcome> {
 }
 
 fn pull() -> Result<Outcome> {
-    let path = Edgellm::build(&[])?.pull(SMOLLM2)?;
+    let path = Edgellm::build(&[])?.quietly().pull(SMOLLM2)?;
     Ok(Outcome::Passed(path.display().to_string()))
 }
 
 fn gguf_of_the_real_model() -> Result<Outcome> {
-    let edgellm = Edgellm::build(&[])?;
+    let edgellm = Edgellm::build(&[])?.quietly();
     let path = edgellm.pull(SMOLLM2)?;
     let file = if path.is_dir() { gguf_in(&path)? } else { path };
     checks::gguf_file(&edgellm, &file).map(Outcome::Passed)
@@ -229,7 +237,7 @@ fn parity(device: &str, parts: golden::Parts) -> Result<Outcome> {
         return Ok(Outcome::NotRun("no ../shared/golden".to_owned()));
     };
     let features: &[&str] = if device == "flex" { &[] } else { &[device] };
-    let edgellm = Edgellm::build(features)?.on(device);
+    let edgellm = Edgellm::build(features)?.on(device).quietly();
     edgellm.pull(SMOLLM2).context("the model could not be pulled")?;
     golden::compare(&edgellm, &folder, golden::tolerance(device), parts).map(Outcome::Passed)
 }
