@@ -19,7 +19,7 @@ use edgellm::tune::{StepReport, Trainer, TuneConfig};
 use serde_json::{Map, Value, json};
 
 use super::data::DataArgs;
-use super::failure::{Usage, usage};
+use super::failure::{Interrupted, Usage, usage};
 use super::measure::model_name;
 use super::output::{bytes, seconds, table};
 use super::progress::Counted;
@@ -64,7 +64,7 @@ pub(crate) struct Adapt {
     #[arg(long, default_value_t = 8, value_name = "R")]
     rank: usize,
     /// Scale of the adapter: alpha / rank
-    #[arg(long, default_value_t = 16.0, value_name = "A")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 16.0, value_name = "A")]
     alpha: f64,
     /// Projections that are adapted
     #[arg(
@@ -88,7 +88,7 @@ pub(crate) struct Adapt {
 #[derive(Args)]
 struct OptimizerArgs {
     /// Largest learning rate
-    #[arg(long, default_value_t = 2e-4, value_name = "RATE")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 2e-4, value_name = "RATE")]
     lr: f64,
     /// How the learning rate moves after the warm-up: constant, cosine or linear
     #[arg(long, default_value = "cosine", value_name = "NAME")]
@@ -97,10 +97,10 @@ struct OptimizerArgs {
     #[arg(long, default_value_t = 0, value_name = "N")]
     warmup: u64,
     /// Decoupled weight decay
-    #[arg(long, default_value_t = 0.0, value_name = "RATE")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0, value_name = "RATE")]
     weight_decay: f64,
     /// Largest norm of a step's gradients; 0 for no limit
-    #[arg(long, default_value_t = 1.0, value_name = "NORM")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0, value_name = "NORM")]
     max_grad_norm: f64,
 }
 
@@ -130,7 +130,8 @@ impl Adapt {
         tuned.adapter.save(&self.output, &self.base_name(), self.force)?;
         let after = match &heldout {
             Some(examples) if !tuned.stopped => {
-                Some(held_out(ctx, &model, Some(&tuned.adapter), &exits, examples, &VOTERS)?)
+                let losses = held_out(ctx, &model, Some(&tuned.adapter), &exits, examples, &VOTERS);
+                Some(losses.map_err(|error| self.interrupted_after(error))?)
             }
             _ => None,
         };
@@ -147,6 +148,14 @@ impl Adapt {
         Ok(ExitCode::from(interrupt::STOPPED))
     }
 
+    /// By then the adapter is written: a signal cuts off the report only.
+    fn interrupted_after(&self, error: anyhow::Error) -> anyhow::Error {
+        if error.is::<Interrupted>() {
+            return Interrupted(format!("stopped by a signal; {} is complete", self.output.display())).into();
+        }
+        error
+    }
+
     /// What can be checked before a model is loaded.
     fn check(&self) -> anyhow::Result<()> {
         self.format.check()?;
@@ -160,6 +169,10 @@ impl Adapt {
         }
         if self.steps == 0 {
             return Err(Usage("--steps: expected at least 1, found 0".into()).into());
+        }
+        let decay = self.optimizer.weight_decay;
+        if !decay.is_finite() || decay < 0.0 {
+            return Err(Usage(format!("--weight-decay: expected at least 0, found {decay}")).into());
         }
         exit_schedule(&self.exit_schedule, self.steps, self.seed)?;
         self.optimizer.lr_schedule.parse::<LrSchedule>()?;

@@ -44,7 +44,11 @@ impl Compress {
             let text = format!("{}: --force replaces a model only, and this folder is none", self.output.display());
             return Err(Usage(text).into());
         }
-        let files = ModelFiles::open(&ctx.store.resolve(&self.model)?)?;
+        let source = ctx.store.resolve(&self.model)?;
+        if same_place(&source, &self.output) {
+            return Err(Usage(format!("--output: expected another folder than the model {}", source.display())).into());
+        }
+        let files = ModelFiles::open(&source)?;
         let policy = match (&self.policy, format) {
             (Some(path), _) => read_value::<CompressionPolicy>(path)?,
             (None, Some(format)) if format.packed()?.quantized().is_none() => {
@@ -105,6 +109,11 @@ impl Compress {
 /// Whether a folder is a model, or empty: all that may be replaced.
 fn is_model_dir(path: &std::path::Path) -> anyhow::Result<bool> {
     Ok(path.join("config.json").is_file() || std::fs::read_dir(path)?.next().is_none())
+}
+
+/// Whether both paths lead to the same place.
+fn same_place(a: &std::path::Path, b: &std::path::Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// A format that policies can name: what [`LayerFormat`] holds, by the kernels' names.

@@ -6,7 +6,6 @@ use edgellm::kernels::{Isa, active_isa, kernels};
 use serde_json::json;
 
 use super::Context;
-use super::output::table;
 
 /// Show the devices here, and with -v the kernels that run on them
 #[derive(Args)]
@@ -54,7 +53,7 @@ impl Devices {
                     .map(|k| vec![k.operator.to_string(), k.method.to_string(), k.isa.name().to_string()])
                     .collect();
                 text.push_str("\nkernels on flex; other devices run the operators' definitions in Burn primitives\n");
-                text.push_str(&table(&["operator", "method", "instructions"], &rows));
+                text.push_str(&left_table(&rows));
             }
             text
         })

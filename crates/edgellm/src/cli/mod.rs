@@ -45,6 +45,7 @@ struct Cli {
 
 /// Options of every command.
 #[derive(Args)]
+#[command(next_help_heading = "Options of every command")]
 struct Global {
     /// Print one JSON object on standard output instead of text
     #[arg(long, global = true)]

@@ -25,7 +25,7 @@ pub(crate) struct Plan {
     #[arg(long, value_enum, default_value_t = Solver::Solve)]
     solver: Solver,
     /// Mean bits per weight, scales included
-    #[arg(long, value_name = "BITS", group = "budget")]
+    #[arg(long, allow_negative_numbers = true, value_name = "BITS", group = "budget")]
     target_bpw: Option<f64>,
     /// Size of all packed units, such as 60MB
     #[arg(long, value_name = "SIZE", value_parser = parse_size, group = "budget")]
@@ -37,13 +37,13 @@ pub(crate) struct Plan {
     #[arg(long, value_name = "G")]
     group_size: Option<u16>,
     /// Mean share of weights to prune (paper)
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "P", default_value_t = 0.0)]
     target_sparsity: f64,
     /// How much wider a sensitive unit gets (paper)
     #[arg(long, value_name = "BITS", default_value_t = 1)]
     step: u8,
     /// Largest share of weights to prune from one unit (paper)
-    #[arg(long, value_name = "P", default_value_t = 0.9)]
+    #[arg(long, allow_negative_numbers = true, value_name = "P", default_value_t = 0.9)]
     max_sparsity: f64,
     /// The policy to write: TOML, or JSON if the name ends in .json
     #[arg(short, long, value_name = "POLICY.toml")]

@@ -33,7 +33,7 @@ pub(crate) struct Progress {
 enum Display {
     Silent,
     Bar(ProgressBar),
-    Plain { last: Instant, shown: u64 },
+    Plain { last: Option<Instant> },
 }
 
 impl Progress {
@@ -45,7 +45,8 @@ impl Progress {
         } else if std::io::stderr().is_terminal() {
             Display::Bar(bar(what, total))
         } else {
-            Display::Plain { last: now, shown: u64::MAX }
+            // Steps may take long, so that the first is reported at once; copying bytes is most often done soon.
+            Display::Plain { last: (counted == Counted::Bytes).then_some(now) }
         };
         let (what, note) = (what.to_string(), String::new());
         Self { what, counted, total, done: 0, note, start: now, display }
@@ -83,9 +84,9 @@ impl Progress {
                 bar.set_position(done);
                 bar.set_message(status);
             }
-            Display::Plain { last, shown } => {
-                if *shown == u64::MAX || last.elapsed() >= PLAIN_INTERVAL {
-                    (*last, *shown) = (Instant::now(), done);
+            Display::Plain { last } => {
+                if last.is_none_or(|last| last.elapsed() >= PLAIN_INTERVAL) {
+                    *last = Some(Instant::now());
                     say(&format!("{}: {status}", self.what));
                 }
             }

@@ -74,16 +74,16 @@ pub(crate) struct Run {
 #[derive(Args)]
 struct SamplingArgs {
     /// Temperature; 0 always takes the likeliest token
-    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0, value_name = "T")]
     temp: f64,
     /// Draw from the K likeliest tokens only; 0 for all
     #[arg(long, default_value_t = 0, value_name = "K")]
     top_k: usize,
     /// Draw from the likeliest tokens that together reach this probability
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0, value_name = "P")]
     top_p: f64,
     /// Draw from tokens at least this many times as likely as the likeliest
-    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0, value_name = "P")]
     min_p: f64,
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
