@@ -117,7 +117,7 @@ impl<'a> Generator<'a> {
 /// # Errors
 /// The device fails to hand them over.
 pub fn to_vec<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, ModelError> {
-    tensor.into_data().convert::<f32>().into_vec::<f32>().map_err(|e| ModelError::Value {
+    tensor.into_data().convert::<f32>().try_into_vec::<f32>().map_err(|e| ModelError::Value {
         what: "tensor data".into(),
         expected: "f32 values".into(),
         found: format!("{e:?}"),

@@ -14,6 +14,7 @@ use crate::values::Projection;
 
 /// A weight matrix `[out, in]` as the decoder uses it.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a few hundred handles in all, nearly all of them packed")]
 pub enum Weight {
     /// Packed codes, or float values as they are on disk, read by the packed kernels.
     Packed(PackedMatrix),
@@ -107,7 +108,7 @@ pub struct Block {
 }
 
 /// What a block needs to know of its model and its place in it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) struct BlockContext<'a> {
     pub(crate) config: &'a ModelConfig,
     /// Index of the block.
