@@ -103,6 +103,22 @@ fn the_paper_takes_the_largest_base_that_fits() {
 }
 
 #[test]
+fn the_paper_takes_coarser_groups_before_a_narrower_base() {
+    let options = option_grid(&[2, 3, 4], &[32, 64], &[]).unwrap();
+    let s: [&[f64]; 3] = [&[0.1; 6], &[0.3; 6], &[0.1; 6]];
+    let m = measurement(options, &s);
+    let formats = |budget| {
+        let policy = Paper::default().solve(&m, &bits(budget)).unwrap();
+        policy.units.iter().map(|u| u.format.to_string()).collect::<Vec<_>>()
+    };
+    // Of 160 rows, 32 get one bit more: 4.2 bits per weight with base 3 and groups of 32, 3.7 with groups of 64.
+    assert_eq!(formats(4.2), ["q3g32a", "q4g32a", "q3g32a"]);
+    assert_eq!(formats(4.1), ["q3g64a", "q4g64a", "q3g64a"]);
+    assert_eq!(formats(3.6), ["q2g32a", "q3g32a", "q2g32a"]);
+    assert_eq!(formats(3.1), ["q2g64a", "q3g64a", "q2g64a"]);
+}
+
+#[test]
 fn the_paper_prunes_blocks_to_the_mean() {
     let m = example();
     let paper = Paper { base: Some(4), target_sparsity: 0.3, p_max: 0.5, ..Paper::default() };

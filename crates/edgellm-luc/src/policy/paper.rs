@@ -27,7 +27,7 @@ pub struct Paper {
     pub base: Option<u8>,
     /// What units above the mean get on top of it, before rounding up.
     pub step: u8,
-    /// Group size; `None` for the smallest that was measured at the base width.
+    /// Group size; `None` for the smallest that was measured at the base width and keeps the budget.
     pub group_size: Option<u16>,
     /// Target mean sparsity `P`; 0 for no pruning. Needs a measured option with sparsity.
     pub target_sparsity: f64,
@@ -50,9 +50,13 @@ impl PolicySolver for Paper {
         check(measurement)?;
         let limit = byte_limit(measurement, budget)?;
         let bases: Vec<usize> = match self.base {
-            Some(width) => vec![self.base_option(measurement, width)?],
+            Some(width) => match (self.base_options(measurement, width), limit) {
+                (options, _) if options.is_empty() => return Err(not_measured(&format!("{width} bits"), measurement)),
+                (options, None) => options[..1].to_vec(),
+                (options, Some(_)) => options,
+            },
             None if limit.is_none() => return Err(no_budget("paper", ", or a base width")),
-            None => WIDTHS.iter().rev().filter_map(|&w| self.base_option(measurement, w).ok()).collect(),
+            None => WIDTHS.iter().rev().flat_map(|&width| self.base_options(measurement, width)).collect(),
         };
         if bases.is_empty() {
             return Err(not_measured("any width", measurement));
@@ -72,18 +76,17 @@ impl PolicySolver for Paper {
 }
 
 impl Paper {
-    /// Index of the dense option of `width` bits.
-    fn base_option(&self, measurement: &Measurement, width: u8) -> Result<usize, ModelError> {
-        let of_width = |o: &LayerFormat| {
-            o.bit_width == width
-                && o.sparsity == 0.0
-                && self.group_size.is_none_or(|g| width >= 16 || g == o.group_size)
+    /// Indices of the dense options of `width` bits, the smallest groups first.
+    fn base_options(&self, measurement: &Measurement, width: u8) -> Vec<usize> {
+        let group = |index: &usize| measurement.options[*index].group_size;
+        let suits = |index: &usize| {
+            let option = &measurement.options[*index];
+            let grouped = width >= 16 || self.group_size.is_none_or(|size| size == group(index));
+            option.bit_width == width && option.sparsity == 0.0 && grouped
         };
-        let options = measurement.options.iter().enumerate().filter(|(_, o)| of_width(o));
+        let mut options: Vec<usize> = (0..measurement.options.len()).filter(suits).collect();
+        options.sort_by_key(group);
         options
-            .min_by_key(|(index, o)| (o.group_size, *index))
-            .map(|(index, _)| index)
-            .ok_or_else(|| not_measured(&format!("{width} bits"), measurement))
     }
 
     /// The sparsity of every unit.
