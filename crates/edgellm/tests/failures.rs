@@ -266,6 +266,7 @@ impl Drop for SmallDisk<'_> {
 
 #[test]
 #[cfg(target_os = "linux")]
+#[allow(clippy::print_stderr, reason = "says that it was not run")]
 fn a_full_or_read_only_disk_keeps_the_old_files() {
     let b = Bench::new();
     let path = b.path("disk");

@@ -101,7 +101,10 @@ impl SamplingArgs {
 struct Answer {
     text: String,
     token_ids: Vec<u32>,
+    /// The whole prompt's.
     prompt_tokens: usize,
+    /// Those of them that were not in the cache.
+    prefill_tokens: usize,
     prefill_seconds: f64,
     decode_seconds: f64,
 }
@@ -122,10 +125,10 @@ impl Answer {
     }
 
     fn timing(&self) -> String {
-        let prefill = self.prompt_tokens as f64 / self.prefill_seconds.max(1e-9);
+        let prefill = self.prefill_tokens as f64 / self.prefill_seconds.max(1e-9);
         let mut text = format!(
             "prompt: {} tokens in {} ({prefill:.1} tokens/s)",
-            self.prompt_tokens,
+            self.prefill_tokens,
             seconds(self.prefill_seconds)
         );
         if let Some(rate) = self.tokens_per_second() {
