@@ -349,7 +349,14 @@ impl<'a> Speaker<'a> {
         self.show(&rest)?;
         let whole = start.elapsed().as_secs_f64();
         let prefill_seconds = first.unwrap_or(whole);
-        Ok(Answer { text, token_ids, prompt_tokens: total, prefill_seconds, decode_seconds: whole - prefill_seconds })
+        Ok(Answer {
+            text,
+            token_ids,
+            prompt_tokens: total,
+            prefill_tokens: ids.len(),
+            prefill_seconds,
+            decode_seconds: whole - prefill_seconds,
+        })
     }
 
     /// Shows a piece of an answer as it comes; with `--json` the whole comes at the end.
