@@ -22,13 +22,20 @@ pub(crate) struct Golden {
     /// Only the prompts' logits, which is what a slow device can do.
     #[arg(long)]
     prompts_only: bool,
+    /// Use this binary instead of building one.
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
 }
 
 impl Golden {
     pub(crate) fn run(&self) -> Result<()> {
         let Some(folder) = folder()? else { bail!("no ../shared/golden beside the clone: nothing to compare with") };
         let features: &[&str] = if self.device == "flex" { &[] } else { &[&self.device] };
-        let edgellm = Edgellm::build(features)?.on(&self.device).quietly();
+        let edgellm = match &self.binary {
+            Some(binary) => Edgellm::at(repo::shell()?, binary.clone()),
+            None => Edgellm::build(features)?,
+        };
+        let edgellm = edgellm.on(&self.device).quietly();
         edgellm.pull(SMOLLM2)?;
         let parts = if self.prompts_only { Parts::Prompts } else { Parts::All };
         compare(&edgellm, &folder, tolerance(&self.device), parts).map(drop)

@@ -2,12 +2,12 @@
 //! passed; a failed step does not keep the later ones from running.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use xshell::cmd;
+use xshell::{Cmd, cmd};
 
 use crate::edgellm::{Edgellm, SMOLLM2};
 use crate::{checks, cross, demo, golden, repo};
@@ -36,7 +36,10 @@ struct Step {
     run: fn() -> Result<Outcome>,
 }
 
-const STEPS: [Step; 16] = [
+const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
+const NO_GOLDEN: &str = "no ../shared/golden";
+
+const STEPS: [Step; 17] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
@@ -63,8 +66,9 @@ const STEPS: [Step; 16] = [
     },
     Step { name: "pull the real model", quick: false, run: pull },
     Step { name: "GGUF of the real model", quick: false, run: gguf_of_the_real_model },
-    Step { name: "parity on flex", quick: false, run: || parity("flex", golden::Parts::All) },
-    Step { name: "parity on ndarray", quick: false, run: || parity("ndarray", golden::Parts::All) },
+    Step { name: "parity on flex", quick: false, run: || parity("flex") },
+    Step { name: "parity on ndarray", quick: false, run: || parity("ndarray") },
+    Step { name: "parity on wgpu", quick: false, run: wgpu_parity },
 ];
 
 impl Test {
@@ -175,24 +179,23 @@ fn lavapipe() -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// The features change all of Burn, so this build has its own folder, and the dev profile, which is quicker to build.
+/// A command with what wgpu needs to find the driver.
+fn with_driver<'a>(command: Cmd<'a>, driver: &Path) -> Result<Cmd<'a>> {
+    Ok(command.env("VK_ICD_FILENAMES", driver).env("XDG_RUNTIME_DIR", repo::scratch("runtime")?))
+}
+
+/// The features change all of Burn, so this build has its own folder, and the dev profile, which is quicker to build. The
+/// command is selected as well, for the parity step: one selection of packages is one build of Burn.
 fn wgpu_operators() -> Result<Outcome> {
-    let Some(driver) = lavapipe()? else {
-        return Ok(Outcome::NotRun("no lavapipe (Debian: mesa-vulkan-drivers)".to_owned()));
-    };
+    let Some(driver) = lavapipe()? else { return Ok(Outcome::NotRun(NO_LAVAPIPE.to_owned())) };
     nextest()?;
-    let shell = repo::shell()?;
-    let (folder, runtime) = (repo::target()?.join("wgpu"), repo::scratch("runtime")?);
-    let output = cmd!(
+    let (shell, folder) = (repo::shell()?, repo::target()?.join("wgpu"));
+    let selected = cmd!(
         shell,
-        "cargo nextest run -p edgellm-kernels --features ndarray,wgpu --target-dir {folder} --no-fail-fast
-            --success-output immediate"
-    )
-    .env("VK_ICD_FILENAMES", driver)
-    .env("XDG_RUNTIME_DIR", runtime)
-    .quiet()
-    .ignore_status()
-    .output()?;
+        "cargo nextest run -p edgellm-kernels -p edgellm --features edgellm/ndarray,edgellm/wgpu --target-dir {folder}
+            --no-fail-fast --success-output immediate -E package(edgellm-kernels)"
+    );
+    let output = with_driver(selected, &driver)?.quiet().ignore_status().output()?;
     let log = String::from_utf8_lossy(&output.stderr);
     eprint!("{log}");
     ensure!(output.status.success(), "cargo nextest ended with {}", output.status);
@@ -201,6 +204,19 @@ fn wgpu_operators() -> Result<Outcome> {
     let (ndarray, wgpu) = (ran("ndarray"), ran("wgpu"));
     ensure!(ndarray > 0 && wgpu == ndarray, "{ndarray} suites ran on ndarray, {wgpu} on wgpu");
     Ok(Outcome::Passed(format!("{wgpu} suites on each")))
+}
+
+/// Logits only: the driver computes on the CPU, many times slower than our kernels there.
+fn wgpu_parity() -> Result<Outcome> {
+    let Some(driver) = lavapipe()? else { return Ok(Outcome::NotRun(NO_LAVAPIPE.to_owned())) };
+    let Some(folder) = golden::folder()? else { return Ok(Outcome::NotRun(NO_GOLDEN.to_owned())) };
+    let binary = repo::target()?.join("wgpu/debug/edgellm");
+    ensure!(binary.exists(), "the step before it built no {}", binary.display());
+    let shell = repo::shell()?;
+    shell.set_var("VK_ICD_FILENAMES", driver);
+    shell.set_var("XDG_RUNTIME_DIR", repo::scratch("runtime")?);
+    let edgellm = Edgellm::at(shell, binary).on("wgpu").quietly();
+    golden::compare(&edgellm, &folder, golden::tolerance("wgpu"), golden::Parts::Prompts).map(Outcome::Passed)
 }
 
 fn on_aarch64(step: impl Fn() -> Result<String>) -> Result<Outcome> {
@@ -222,7 +238,7 @@ fn gguf_of_the_real_model() -> Result<Outcome> {
     checks::gguf_file(&edgellm, &file).map(Outcome::Passed)
 }
 
-fn gguf_in(folder: &std::path::Path) -> Result<PathBuf> {
+fn gguf_in(folder: &Path) -> Result<PathBuf> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         if path.extension().is_some_and(|end| end == "gguf") {
@@ -232,14 +248,14 @@ fn gguf_in(folder: &std::path::Path) -> Result<PathBuf> {
     bail!("no GGUF file in {}", folder.display())
 }
 
-fn parity(device: &str, parts: golden::Parts) -> Result<Outcome> {
+fn parity(device: &str) -> Result<Outcome> {
     let Some(folder) = golden::folder()? else {
-        return Ok(Outcome::NotRun("no ../shared/golden".to_owned()));
+        return Ok(Outcome::NotRun(NO_GOLDEN.to_owned()));
     };
     let features: &[&str] = if device == "flex" { &[] } else { &[device] };
     let edgellm = Edgellm::build(features)?.on(device).quietly();
     edgellm.pull(SMOLLM2).context("the model could not be pulled")?;
-    golden::compare(&edgellm, &folder, golden::tolerance(device), parts).map(Outcome::Passed)
+    golden::compare(&edgellm, &folder, golden::tolerance(device), golden::Parts::All).map(Outcome::Passed)
 }
 
 #[cfg(test)]
