@@ -21,7 +21,7 @@ use crate::error::{ModelError, Result, Shown};
 /// The longest prompt that a template may make: 64 MiB.
 const MAX_OUTPUT: usize = 64 << 20;
 /// Steps after which a template is stopped; real templates take some hundred per message.
-const FUEL: u64 = 50_000_000;
+const FUEL: u64 = 10_000_000;
 
 /// A message of a chat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -259,6 +259,21 @@ impl ModelFiles {
         }
     }
 
+    /// Gives the pages of a tensor back to the system, after its bytes were used or copied. Reading it again works.
+    pub fn release(&self, name: &str) {
+        match &self.source {
+            Source::Directory(tensors) => {
+                let (codes, scales) = packed_names(name);
+                [name, &codes, &scales].into_iter().for_each(|part| tensors.release(part));
+            }
+            Source::Gguf(gguf) => {
+                if let Some(tensor) = self.names.get(name).and_then(|name| gguf.tensors().get(name)) {
+                    gguf.file().release(tensor.range.clone());
+                }
+            }
+        }
+    }
+
     /// The tokenizer.
     ///
     /// # Errors

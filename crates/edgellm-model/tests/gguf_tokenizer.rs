@@ -179,7 +179,8 @@ fn sentence_piece_merges_the_best_score_first() {
     check(&tokenizer, "llo", &["▁", "l", "lo"]);
     check(&tokenizer, "hell hello", &["▁hel", "l", "▁hello"]);
     check(&tokenizer, "  h", &["▁▁", "▁h"]);
-    check(&tokenizer, "<s>hello", &["<s>", "▁hello"]);
+    // Every piece of text between special tokens has a space before it, as in Hugging Face's legacy Llama tokenizer.
+    assert_eq!(tokenizer.encode("<s>hello", false).unwrap(), [1, 268]);
     assert_eq!(tokenizer.encode("hello", true).unwrap(), [1, 268]);
 }
 

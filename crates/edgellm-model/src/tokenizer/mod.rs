@@ -3,6 +3,7 @@
 //! Both end in the `tokenizers` crate, so that there is one implementation of byte-pair encoding; [`gguf`](self) files
 //! are rebuilt into the same parts (normalizer, pre-tokenizer, model, decoder) that the original `tokenizer.json` had.
 
+mod check;
 mod from_gguf;
 mod stream;
 
@@ -40,6 +41,7 @@ impl Tokenizer {
     /// The text is no tokenizer.
     pub fn from_json(path: &Path, text: &str) -> Result<Self> {
         let wrong = |found: String| ModelError::tokenizer(path, "tokenizer.json", "a tokenizer", Shown(&found));
+        check::merges(text).map_err(wrong)?;
         let mut inner: Inner = guarded(|| Inner::from_bytes(text)).map_err(wrong)?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| wrong(e.to_string()))?;
@@ -106,8 +108,8 @@ impl Tokenizer {
     }
 }
 
-/// Runs a part of the tokenizers library. It panics on some tokenizers that contradict themselves (a merge longer than
-/// every token, a template that names no token); a file must not be able to end the program.
+/// Runs a part of the tokenizers library, which may panic on tokenizers that contradict themselves; a file must not be
+/// able to end the program.
 fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(value)) => Ok(value),
