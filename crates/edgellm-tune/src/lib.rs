@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod batch;
+mod calibrate;
 mod error;
 pub mod exits;
 pub mod full;
@@ -13,5 +14,6 @@ pub mod optimizer;
 mod trainer;
 pub mod voters;
 
+pub use calibrate::calibrate_exit_norms;
 pub use error::TuneError;
 pub use trainer::{StepReport, Trainer, TuneConfig};

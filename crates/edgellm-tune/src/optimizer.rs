@@ -147,7 +147,7 @@ mod tests {
                 expected[i] -= 0.01 * (mh / (vh.sqrt() + 1e-8) + 0.1 * expected[i]);
             }
         }
-        let found = value.into_data().to_vec::<f32>().unwrap();
+        let found = value.into_data().try_to_vec::<f32>().unwrap();
         for i in 0..2 {
             assert!((f64::from(found[i]) - expected[i]).abs() < 1e-5, "{found:?} is not {expected:?}");
         }

@@ -15,11 +15,15 @@ use edgellm_model::values::Projection;
 
 use crate::TuneError;
 use crate::batch::Batch;
+use crate::calibrate::calibrate_exit_norms;
 use crate::exits::window;
 use crate::optimizer::{AdamW, AdamWConfig, LrSchedule};
 
 /// Steps in a row with a loss that is not finite, after which a run gives up.
 const MAX_SKIPPED: u32 = 10;
+
+/// Examples from which the norms of the early exits start.
+const CALIBRATION_EXAMPLES: usize = 16;
 
 /// Settings of a tuning run.
 #[derive(Clone, Debug)]
@@ -122,7 +126,7 @@ pub struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    /// A trainer with a fresh adapter whose exits start with the final norm.
+    /// A trainer with a fresh adapter whose exits have the final norm.
     ///
     /// # Errors
     /// A setting out of range.
@@ -153,7 +157,8 @@ impl<'a> Trainer<'a> {
 
     /// Runs until the configured number of steps is done or `on_step` says to stop (by returning `false`).
     ///
-    /// Examples are taken in the source's order, again from the start after the last.
+    /// Examples are taken in the source's order, again from the start after the last. Before the first step, the norms of
+    /// the early exits are set from the first examples ([`calibrate_exit_norms`]).
     ///
     /// # Errors
     /// See [`Trainer::train_step`]; or an example cannot be read.
@@ -164,6 +169,11 @@ impl<'a> Trainer<'a> {
     ) -> Result<(), TuneError> {
         if data.is_empty() {
             return Err(TuneError::EmptyBatch { step: self.step });
+        }
+        if self.step == 0 && self.config.exits.len() > 1 {
+            let first = (0..data.len().min(CALIBRATION_EXAMPLES)).map(|i| data.example(i)).collect::<Result<Vec<_>, _>>()?;
+            let TuneConfig { exits, batch_size, .. } = &self.config;
+            calibrate_exit_norms(self.decoder, &mut self.adapter, exits, &first, *batch_size)?;
         }
         while self.step < self.config.steps {
             let first = self.step as usize * self.config.batch_size;

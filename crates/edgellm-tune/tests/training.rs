@@ -96,6 +96,32 @@ fn tuning_lowers_the_loss_of_every_exit() {
 }
 
 #[test]
+fn calibrated_exits_start_better_than_with_the_final_norm() {
+    let decoder = decoder();
+    let n = decoder.n_blocks();
+    let exits: Vec<usize> = (1..=n).collect();
+    let one_step = |calibrated: bool| {
+        let mut trainer = Trainer::new(&decoder, config(exits.clone(), 1), Box::new(Cyclic)).unwrap();
+        if calibrated {
+            let mut loss = f64::NAN;
+            trainer
+                .run(&examples(), |report| {
+                    loss = report.loss;
+                    Ok(false)
+                })
+                .unwrap();
+            (loss, to_vec(trainer.adapter().exit_norm(n).unwrap().clone()).unwrap())
+        } else {
+            let loss = trainer.train_step(&examples()).unwrap().loss;
+            (loss, to_vec(decoder.final_norm().clone()).unwrap())
+        }
+    };
+    let ((plain, final_norm), (calibrated, last_norm)) = (one_step(false), one_step(true));
+    assert!(calibrated < plain, "{calibrated} with calibrated norms, {plain} with the final norm");
+    assert_eq!(last_norm, final_norm, "the last exit keeps the final norm");
+}
+
+#[test]
 fn the_same_seed_gives_the_same_bits() {
     let run = |seed: u64| {
         let decoder = decoder();
