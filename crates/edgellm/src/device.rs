@@ -69,6 +69,7 @@ impl DeviceChoice {
 }
 
 #[cfg(feature = "ndarray")]
+#[allow(deprecated, reason = "kept as an independent second implementation")]
 fn ndarray() -> Result<Device, EdgeError> {
     Ok(Device::ndarray())
 }
