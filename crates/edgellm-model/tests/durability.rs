@@ -1,4 +1,5 @@
 //! A full disk, a folder that cannot be written, and a kill in the middle of writing leave the old file whole.
+#![allow(clippy::print_stdout, reason = "says what was not run")]
 #![cfg(unix)]
 
 mod common;

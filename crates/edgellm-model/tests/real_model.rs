@@ -2,6 +2,7 @@
 //!
 //! `EDGELLM_TEST_MODEL` is the GGUF file, `EDGELLM_TEST_GOLDEN` the folder with `smollm2.json`; without them, the
 //! tests say "not run".
+#![allow(clippy::print_stdout, reason = "says what was not run")]
 
 mod common;
 
