@@ -14,14 +14,12 @@
 //!   below a millionth of the mean is divided by that millionth.
 //! - `f` of a block is its output: the residual stream with the block's update added. That is what the next block
 //!   sees, behind an RMSNorm that looks only at proportions, so the error relative to the stream is what counts; relative
-//!   to the update alone, a block that adds little would weigh as much as one that adds all. On SmolLM2-135M at the same
-//!   bits per weight, policies solved with the update's variance, or with one variance for all tokens, leave a clearly
-//!   larger KL divergence from the original model.
+//!   to the update alone, a block that adds little would weigh as much as one that adds all. With granularity `linear`,
+//!   `f` is the same output with only one projection compressed: relative to the projection's own output, a small key
+//!   projection would weigh as much as the whole embedding. On SmolLM2-135M at the same bits per weight, policies
+//!   solved with any of these alternatives leave a clearly larger KL divergence from the original model.
 //! - The embedding's output is the row of each calibration token, so rows weigh as often as they occur. Where the head
 //!   is tied to it, the two normalised errors are added. The head's output is the logits on the final hidden states.
-//!
-//! With granularity `linear`, `f` is one projection (without its bias, which cancels): with `D = W^o - W`, the error is
-//! `D x`, one product per option.
 //!
 //! Blocks are taken one by one with the hidden states of all calibration tokens, the vocabulary in chunks of rows:
 //! memory is the model, those states and a few copies of one block in f32.
@@ -145,71 +143,53 @@ impl Run<'_> {
     ) -> Result<Vec<Tensor<3>>> {
         for index in 0..self.decoder.n_blocks() {
             let block = DenseBlock::new(&self.decoder.store().block(index)?, self.decoder.device())?;
-            hidden = match granularity {
-                Granularity::Block => self.block(index, &block, hidden, units)?,
-                Granularity::Linear => self.linears(index, &block, hidden, units)?,
-            };
+            let run = |x: &Tensor<3>| self.decoder.run_block(&block.block, index, x.clone(), None);
+            let outputs: Vec<Tensor<3>> = hidden.iter().map(run).collect();
+            let weight = TokenWeights::of(&flatten(&outputs))?;
+            match granularity {
+                Granularity::Block => {
+                    units.push(self.part(
+                        Unit::Block(index),
+                        index,
+                        &block,
+                        &Projection::ALL,
+                        (&hidden, &outputs, &weight),
+                    )?);
+                }
+                Granularity::Linear => {
+                    for projection in Projection::ALL {
+                        let unit = Unit::Linear(index, projection);
+                        units.push(self.part(unit, index, &block, &[projection], (&hidden, &outputs, &weight))?);
+                    }
+                }
+            }
+            hidden = outputs;
         }
         Ok(hidden)
     }
 
-    fn block(
+    /// Measures one unit: the given projections of a block, from the block's inputs, outputs and their weights.
+    fn part(
         &mut self,
+        unit: Unit,
         index: usize,
         block: &DenseBlock,
-        hidden: Vec<Tensor<3>>,
-        units: &mut Vec<UnitMeasurement>,
-    ) -> Result<Vec<Tensor<3>>> {
-        let outputs: Vec<Tensor<3>> =
-            hidden.iter().map(|x| self.decoder.run_block(&block.block, index, x.clone(), None)).collect();
-        let weight = TokenWeights::of(&flatten(&outputs))?;
-        let unit = Unit::Block(index);
+        projections: &[Projection],
+        (inputs, outputs, weight): (&[Tensor<3>], &[Tensor<3>], &TokenWeights),
+    ) -> Result<UnitMeasurement> {
         let mut sensitivity = Vec::with_capacity(self.options.len());
         for option in self.options {
-            let compressed = block.with_format(option, self.compressor, self.decoder.device())?;
-            let errors: Vec<Tensor<3>> = hidden
-                .iter()
-                .zip(&outputs)
-                .map(|(x, y)| self.decoder.run_block(&compressed, index, x.clone(), None).sub(y.clone()))
-                .collect();
+            let compressed = block.with_format(projections, option, self.compressor, self.decoder.device())?;
+            let error = |(x, y): (&Tensor<3>, &Tensor<3>)| {
+                self.decoder.run_block(&compressed, index, x.clone(), None).sub(y.clone())
+            };
+            let errors: Vec<Tensor<3>> = inputs.iter().zip(outputs).map(error).collect();
             let error = weight.scale(flatten(&errors));
             sensitivity.push(sum_of_squares(error.clone())? / error.shape().num_elements() as f64);
             self.step(&unit.to_string());
         }
-        let matrices = Projection::ALL.map(|p| self.shape(p.weight_name(index), block.block.linear(p).weight.shape()));
-        units.push(UnitMeasurement { unit, matrices: matrices.to_vec(), sensitivity });
-        Ok(outputs)
-    }
-
-    fn linears(
-        &mut self,
-        index: usize,
-        block: &DenseBlock,
-        hidden: Vec<Tensor<3>>,
-        units: &mut Vec<UnitMeasurement>,
-    ) -> Result<Vec<Tensor<3>>> {
-        let inputs = std::cell::RefCell::new(vec![Vec::<Tensor<2>>::new(); Projection::ALL.len()]);
-        let observer = |p: Projection, x: &Tensor<2>| inputs.borrow_mut()[p as usize].push(x.clone());
-        let run = |x: Tensor<3>| self.decoder.run_block(&block.block, index, x, Some(&observer));
-        let outputs: Vec<Tensor<3>> = hidden.into_iter().map(run).collect();
-        for (projection, inputs) in Projection::ALL.into_iter().zip(inputs.into_inner()) {
-            let unit = Unit::Linear(index, projection);
-            let x = Tensor::cat(inputs, 0);
-            let weight = block.block.linear(projection).weight.dequantize();
-            let shape = weight.dims();
-            let scaled = TokenWeights::of(&x.clone().matmul(weight.transpose()))?.scale(x);
-            let original = &block.values[projection as usize];
-            let mut sensitivity = Vec::with_capacity(self.options.len());
-            for option in self.options {
-                let compressed = block.compressed(projection as usize, option, self.compressor)?;
-                let sum = product_error(&scaled, original, compressed, shape)?;
-                sensitivity.push(sum / (scaled.dims()[0] * shape[0]) as f64);
-                self.step(&unit.to_string());
-            }
-            let matrices = vec![self.shape(projection.weight_name(index), shape)];
-            units.push(UnitMeasurement { unit, matrices, sensitivity });
-        }
-        Ok(outputs)
+        let matrix = |p: &Projection| self.shape(p.weight_name(index), block.block.linear(*p).weight.shape());
+        Ok(UnitMeasurement { unit, matrices: projections.iter().map(matrix).collect(), sensitivity })
     }
 
     /// Measures the embedding (with the head, if it is tied), and the head otherwise, in this order.

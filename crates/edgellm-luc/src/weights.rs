@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use edgellm_kernels::PackedHost;
-use edgellm_model::decoder::{Block, Linear, Weight};
+use edgellm_model::decoder::{Block, Weight};
 use edgellm_model::generate::to_vec;
 use edgellm_model::traits::Compressor;
-use edgellm_model::values::LayerFormat;
+use edgellm_model::values::{LayerFormat, Projection};
 
 use crate::error::Result;
 
@@ -77,29 +77,20 @@ impl DenseBlock {
         Ok(Self { block, values })
     }
 
-    /// What compression to `format` makes of the values of one projection.
-    pub(crate) fn compressed(
-        &self,
-        index: usize,
-        format: &LayerFormat,
-        compressor: &dyn Compressor,
-    ) -> Result<Vec<f32>> {
-        let [rows, cols] = self.block.linears[index].weight.shape();
-        Ok(compressor.compress(&self.values[index], rows, cols, format)?.dequantize())
-    }
-
-    /// The block with all projections compressed to `format`.
+    /// The block with the given projections compressed to `format`.
     pub(crate) fn with_format(
         &self,
+        projections: &[Projection],
         format: &LayerFormat,
         compressor: &dyn Compressor,
         device: &Device,
     ) -> Result<Block> {
         let mut block = self.block.clone();
-        for (index, linear) in block.linears.iter_mut().enumerate() {
-            let shape = linear.weight.shape();
-            let weight = Weight::Dense(tensor(self.compressed(index, format, compressor)?, shape, device));
-            *linear = Linear { weight, bias: linear.bias.clone() };
+        for &projection in projections {
+            let linear = block.linear_mut(projection);
+            let [rows, cols] = linear.weight.shape();
+            let packed = compressor.compress(&self.values[projection as usize], rows, cols, format)?;
+            linear.weight = Weight::Dense(tensor(packed.dequantize(), [rows, cols], device));
         }
         Ok(block)
     }
