@@ -2,8 +2,6 @@
 #![allow(clippy::print_stdout, reason = "says what was not run")]
 #![cfg(unix)]
 
-mod common;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
