@@ -17,7 +17,9 @@ use crate::windows::Progress;
 
 /// Tokens of a batch, padding included, unless a single example is longer.
 const BATCH_TOKENS: usize = 2048;
-/// Response tokens whose logits are held at a time: of every exit where there is a vote.
+/// Response tokens whose loss is taken at a time: a packed head never holds their logits, an expanded one does.
+const LOSS_CHUNK: usize = 512;
+/// Response tokens whose logits, of every exit, are held at a time for a vote.
 const CHUNK: usize = 64;
 
 /// Loss of one exit.
@@ -34,15 +36,15 @@ pub struct ExitLoss {
 pub struct HeldOut {
     /// Of each exit, in the order given.
     pub by_exit: Vec<ExitLoss>,
-    /// Of the vote, if there was a voter.
-    pub vote: Option<f64>,
+    /// Of each voter, in the order given.
+    pub votes: Vec<f64>,
     /// Response tokens.
     pub tokens: usize,
     /// Examples that have response tokens.
     pub examples: usize,
 }
 
-/// Token-weighted mean loss over the response tokens of `examples`, at each of `exits` and of the vote.
+/// Token-weighted mean loss over the response tokens of `examples`, at each of `exits` and of each vote.
 ///
 /// Examples are sorted by length and padded on the right to batches; attention is causal, so padding changes nothing.
 ///
@@ -53,7 +55,7 @@ pub fn heldout_loss(
     decoder: &Decoder,
     adapter: Option<&Adapter>,
     exits: &[usize],
-    voter: Option<&dyn Voter>,
+    voters: &[&dyn Voter],
     examples: &[Example],
     progress: &mut dyn FnMut(Progress),
 ) -> Result<HeldOut> {
@@ -70,16 +72,16 @@ pub fn heldout_loss(
     }
     let batches = batches(usable.clone());
     let mut sums = vec![0.0; exits.len()];
-    let mut vote = 0.0;
+    let mut votes = vec![0.0; voters.len()];
     for (index, batch) in batches.iter().enumerate() {
-        vote += batch.run(decoder, adapter, exits, voter, &mut sums)?;
+        batch.run(decoder, adapter, exits, voters, &mut Sums { exits: &mut sums, votes: &mut votes })?;
         progress(Progress { done: index + 1, total: batches.len() });
     }
     let mean = |sum: f64| finite("the held-out loss", sum / tokens as f64);
     let by_exit = exits.iter().zip(sums).map(|(&exit, sum)| Ok(ExitLoss { exit, loss: mean(sum)? }));
     Ok(HeldOut {
         by_exit: by_exit.collect::<Result<_>>()?,
-        vote: voter.map(|_| mean(vote)).transpose()?,
+        votes: votes.into_iter().map(mean).collect::<Result<_>>()?,
         tokens,
         examples: usable.len(),
     })
@@ -110,16 +112,22 @@ fn batches(mut examples: Vec<&Example>) -> Vec<Batch<'_>> {
     batches
 }
 
+/// Summed losses of the exits and of the votes.
+struct Sums<'a> {
+    exits: &'a mut [f64],
+    votes: &'a mut [f64],
+}
+
 impl Batch<'_> {
-    /// Adds the summed loss of every exit to `sums`; returns that of the vote, or 0 without a voter.
+    /// Adds the losses of this batch to `sums`.
     fn run(
         &self,
         decoder: &Decoder,
         adapter: Option<&Adapter>,
         exits: &[usize],
-        voter: Option<&dyn Voter>,
-        sums: &mut [f64],
-    ) -> Result<f64> {
+        voters: &[&dyn Voter],
+        sums: &mut Sums<'_>,
+    ) -> Result<()> {
         let rows: Vec<Vec<u32>> = self.examples.iter().map(|e| self.padded(e)).collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let (positions, next) = self.response();
@@ -133,22 +141,20 @@ impl Batch<'_> {
             let flat: Tensor<2> = x.clone().reshape([rows.len() * self.tokens, decoder.config().hidden_size]);
             normed.push(decoder.exit_norm(flat.select(0, positions.clone()), exit, adapter));
         }
-        let mut vote = 0.0;
-        for (index, targets) in next.chunks(CHUNK).enumerate() {
-            let chunk = |x: &Tensor<2>| x.clone().narrow(0, index * CHUNK, targets.len());
-            match voter {
-                None => {
-                    for (normed, sum) in normed.iter().zip(sums.iter_mut()) {
-                        *sum += loss(decoder, chunk(normed), targets)?;
-                    }
-                }
-                Some(voter) => {
-                    let parts: Vec<Tensor<2>> = normed.iter().map(chunk).collect();
-                    vote += vote_loss(decoder, parts, targets, voter, sums)?;
+        if voters.is_empty() {
+            for (normed, sum) in normed.iter().zip(sums.exits.iter_mut()) {
+                for (index, targets) in next.chunks(LOSS_CHUNK).enumerate() {
+                    let part = normed.clone().narrow(0, index * LOSS_CHUNK, targets.len());
+                    *sum += loss(decoder, part, targets)?;
                 }
             }
+            return Ok(());
         }
-        Ok(vote)
+        for (index, targets) in next.chunks(CHUNK).enumerate() {
+            let parts = normed.iter().map(|x| x.clone().narrow(0, index * CHUNK, targets.len())).collect();
+            vote_losses(decoder, parts, targets, voters, sums)?;
+        }
+        Ok(())
     }
 
     fn padded(&self, example: &Example) -> Vec<u32> {
@@ -179,29 +185,43 @@ fn loss(decoder: &Decoder, normed: Tensor<2>, targets: &[i32]) -> Result<f64> {
     Ok(to_vec(loss)?.into_iter().map(f64::from).sum())
 }
 
-/// Summed loss of the vote; adds that of every exit to `sums`, from the same logits.
-fn vote_loss(
+/// Adds the summed losses of every exit and every vote, from the same logits.
+fn vote_losses(
     decoder: &Decoder,
     parts: Vec<Tensor<2>>,
     targets: &[i32],
-    voter: &dyn Voter,
-    sums: &mut [f64],
-) -> Result<f64> {
+    voters: &[&dyn Voter],
+    sums: &mut Sums<'_>,
+) -> Result<()> {
     let vocab = decoder.config().vocab_size;
     let mut exits = Vec::with_capacity(parts.len());
-    for (part, sum) in parts.into_iter().zip(sums) {
+    for (part, sum) in parts.into_iter().zip(sums.exits.iter_mut()) {
         let mut rows = to_vec(decoder.logits(part))?;
         rows.par_chunks_mut(vocab).for_each(log_softmax);
         *sum -= targets.iter().zip(rows.chunks(vocab)).map(|(&t, row)| f64::from(row[t as usize])).sum::<f64>();
         exits.push(rows);
     }
-    let mut voted = vec![0.0; vocab];
-    let mut loss = 0.0;
-    for (token, &target) in targets.iter().enumerate() {
-        let row = token * vocab..(token + 1) * vocab;
-        let views: Vec<&[f32]> = exits.iter().map(|rows| &rows[row.clone()]).collect();
-        voter.vote(&views, &mut voted);
-        loss -= f64::from(voted[target as usize]);
+    // Each token's votes on their own thread; summed in order, so that the result does not depend on the threads.
+    let of_tokens: Vec<Vec<f32>> = targets
+        .par_iter()
+        .enumerate()
+        .map_init(
+            || vec![0.0; vocab],
+            |voted, (token, &target)| {
+                let row = token * vocab..(token + 1) * vocab;
+                let views: Vec<&[f32]> = exits.iter().map(|rows| &rows[row.clone()]).collect();
+                let log_prob = |voter: &&dyn Voter| {
+                    voter.vote(&views, voted);
+                    voted[target as usize]
+                };
+                voters.iter().map(log_prob).collect()
+            },
+        )
+        .collect();
+    for log_probs in of_tokens {
+        for (sum, log_prob) in sums.votes.iter_mut().zip(log_probs) {
+            *sum -= f64::from(log_prob);
+        }
     }
-    Ok(loss)
+    Ok(())
 }

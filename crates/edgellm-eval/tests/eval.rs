@@ -158,16 +158,16 @@ fn heldout_loss_weighs_response_tokens_alike() {
         }
     }
     assert_eq!(tokens, 5 + 2 + 130 + 2);
-    for voter in [None, Some(&Blend as &dyn Voter)] {
-        let found = heldout_loss(&decoder, Some(&adapter), &exits, voter, &examples(), &mut |_| {}).unwrap();
+    for voters in [&[][..], &[&Blend as &dyn Voter], &[&Blend, &Blend]] {
+        let found = heldout_loss(&decoder, Some(&adapter), &exits, voters, &examples(), &mut |_| {}).unwrap();
         assert_eq!((found.tokens, found.examples), (tokens, 4));
         for ((exit, loss), sum) in exits.iter().zip(&found.by_exit).zip(expected) {
             assert_eq!(loss.exit, *exit);
             close(loss.loss, sum / tokens as f64);
         }
-        match voter {
-            None => assert_eq!(found.vote, None),
-            Some(_) => close(found.vote.unwrap(), expected[3] / tokens as f64),
+        assert_eq!(found.votes.len(), voters.len());
+        for vote in found.votes {
+            close(vote, expected[3] / tokens as f64);
         }
     }
 }
@@ -176,7 +176,7 @@ fn heldout_loss_weighs_response_tokens_alike() {
 fn impossible_requests_are_errors() {
     let decoder = tiny_decoder(1, &Device::flex());
     let check = |exits: &[usize], examples: &[Example]| {
-        heldout_loss(&decoder, None, exits, None, examples, &mut |_| {}).unwrap_err()
+        heldout_loss(&decoder, None, exits, &[], examples, &mut |_| {}).unwrap_err()
     };
     for exits in [&[][..], &[0, 4], &[2, 2], &[4, 2], &[5]] {
         assert!(matches!(check(exits, &examples()), EvalError::Setting { what: "exits", .. }), "{exits:?}");

@@ -49,7 +49,13 @@ pub trait Compressor {
     ///
     /// # Errors
     /// Non-finite values, a wrong length, or a format that does not exist.
-    fn compress(&self, values: &[f32], rows: usize, cols: usize, format: &LayerFormat) -> Result<PackedHost, ModelError>;
+    fn compress(
+        &self,
+        values: &[f32],
+        rows: usize,
+        cols: usize,
+        format: &LayerFormat,
+    ) -> Result<PackedHost, ModelError>;
 }
 
 /// Chooses a format for every unit under a budget.
@@ -74,7 +80,7 @@ pub trait ExitSchedule {
 }
 
 /// Combines the exits' next-token distributions.
-pub trait Voter {
+pub trait Voter: Sync {
     /// Its name on the command line, such as `max`.
     fn name(&self) -> &'static str;
 

@@ -13,6 +13,42 @@ pub fn window(exit: usize, depth: usize) -> Range<usize> {
     exit.saturating_sub(depth)..exit
 }
 
+/// How strongly the exits before the last are trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitScale {
+    /// Every exit with the full learning rate.
+    Equal,
+    /// `e (e + 1) / (L (L + 1))` of it at the exit after `e` of `L` blocks: the loss scale of LayerSkip (Elhoushi et al.,
+    /// ACL 2024, section 4.1.2). What an early window learns for its own exit is a change under everything above it,
+    /// which the few steps of a short run cannot make good.
+    Depth,
+}
+
+impl ExitScale {
+    /// The factor on the learning rate of the exit after `exit` of `n_blocks` blocks.
+    pub fn factor(self, exit: usize, n_blocks: usize) -> f64 {
+        let triangle = |n: usize| (n * (n + 1)) as f64;
+        match self {
+            ExitScale::Equal => 1.0,
+            ExitScale::Depth => triangle(exit) / triangle(n_blocks),
+        }
+    }
+}
+
+impl std::str::FromStr for ExitScale {
+    type Err = TuneError;
+
+    fn from_str(s: &str) -> Result<Self, TuneError> {
+        match s {
+            "equal" => Ok(ExitScale::Equal),
+            "depth" => Ok(ExitScale::Depth),
+            other => {
+                Err(TuneError::Setting { what: "exit scale", expected: "equal or depth".into(), found: other.into() })
+            }
+        }
+    }
+}
+
 /// All steps of the earliest exit first, then the next, up to the last: equal shares of `total_steps`.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequential {
@@ -107,6 +143,14 @@ mod tests {
         }
         assert_eq!(schedule.choose(1234, 4), draws[1234]);
         assert_ne!(draws, chosen(&Uniform { seed: 6 }, 4000, 4));
+    }
+
+    #[test]
+    fn early_exits_are_trained_less() {
+        assert_eq!(ExitScale::Equal.factor(8, 30), 1.0);
+        assert_eq!(ExitScale::Depth.factor(30, 30), 1.0);
+        assert!((ExitScale::Depth.factor(8, 30) - 72.0 / 930.0).abs() < 1e-12);
+        assert!("none".parse::<ExitScale>().is_err());
     }
 
     #[test]

@@ -202,10 +202,8 @@ pub fn pretrain(
     }
     let mut weights = Weights::random(model, config.seed, device);
     let adamw = AdamWConfig { beta2: 0.99, weight_decay: config.weight_decay, ..AdamWConfig::default() };
-    let mut optimizers = Optimizers {
-        matrices: AdamW::new(adamw),
-        vectors: AdamW::new(AdamWConfig { weight_decay: 0.0, ..adamw }),
-    };
+    let mut optimizers =
+        Optimizers { matrices: AdamW::new(adamw), vectors: AdamW::new(AdamWConfig { weight_decay: 0.0, ..adamw }) };
     let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
     rng.set_stream(1);
     for step in 0..config.steps {
@@ -240,7 +238,8 @@ fn step_loss(
     early: Option<usize>,
 ) -> Result<(Tensor<1>, Tensor<1>), TuneError> {
     let rows: Vec<&[u32]> = offsets.iter().map(|&o| &ids[o..o + context]).collect();
-    let targets: Vec<i32> = offsets.iter().flat_map(|&o| ids[o + 1..=o + context].iter().map(|&id| id as i32)).collect();
+    let targets: Vec<i32> =
+        offsets.iter().flat_map(|&o| ids[o + 1..=o + context].iter().map(|&id| id as i32)).collect();
     let n = targets.len();
     let targets = Tensor::<1, Int>::from_data(targets.as_slice(), decoder.device());
     let weights = Tensor::<1>::full([n], 1.0 / n as f32, decoder.device());

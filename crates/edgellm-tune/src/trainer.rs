@@ -16,7 +16,7 @@ use edgellm_model::values::Projection;
 use crate::TuneError;
 use crate::batch::Batch;
 use crate::calibrate::calibrate_exit_norms;
-use crate::exits::window;
+use crate::exits::{ExitScale, window};
 use crate::optimizer::{AdamW, AdamWConfig, LrSchedule};
 
 /// Steps in a row with a loss that is not finite, after which a run gives up.
@@ -43,6 +43,8 @@ pub struct TuneConfig {
     pub train_exit_norms: bool,
     /// Largest learning rate.
     pub learning_rate: f64,
+    /// How strongly the exits before the last are trained.
+    pub exit_scale: ExitScale,
     /// How the learning rate moves.
     pub lr_schedule: LrSchedule,
     /// Steps of linear increase of the learning rate.
@@ -64,7 +66,11 @@ impl TuneConfig {
             return bad("exits", expected, format!("{:?}", self.exits));
         }
         if self.window == 0 || self.batch_size == 0 {
-            return bad("window and batch size", "at least 1".into(), format!("{} and {}", self.window, self.batch_size));
+            return bad(
+                "window and batch size",
+                "at least 1".into(),
+                format!("{} and {}", self.window, self.batch_size),
+            );
         }
         if !self.learning_rate.is_finite() || self.learning_rate <= 0.0 {
             return bad("learning rate", "a positive number".into(), self.learning_rate.to_string());
@@ -171,7 +177,8 @@ impl<'a> Trainer<'a> {
             return Err(TuneError::EmptyBatch { step: self.step });
         }
         if self.step == 0 && self.config.exits.len() > 1 {
-            let first = (0..data.len().min(CALIBRATION_EXAMPLES)).map(|i| data.example(i)).collect::<Result<Vec<_>, _>>()?;
+            let first =
+                (0..data.len().min(CALIBRATION_EXAMPLES)).map(|i| data.example(i)).collect::<Result<Vec<_>, _>>()?;
             let TuneConfig { exits, batch_size, .. } = &self.config;
             calibrate_exit_norms(self.decoder, &mut self.adapter, exits, &first, *batch_size)?;
         }
@@ -213,6 +220,7 @@ impl<'a> Trainer<'a> {
         }
         let finite = norm.is_finite();
         let lr = self.config.learning_rate
+            * self.config.exit_scale.factor(exit, self.decoder.n_blocks())
             * self.config.lr_schedule.factor(step, self.config.steps, self.config.warmup_steps);
         if finite {
             self.skipped_in_a_row = 0;

@@ -7,9 +7,9 @@ use edgellm_model::decoder::Decoder;
 use edgellm_model::generate::to_vec;
 use edgellm_model::testing::tiny_decoder;
 use edgellm_model::values::Projection;
-use edgellm_tune::exits::{Cyclic, exit_schedule};
+use edgellm_tune::exits::{Cyclic, ExitScale, exit_schedule};
 use edgellm_tune::optimizer::{AdamWConfig, LrSchedule};
-use edgellm_tune::{TuneConfig, TuneError, Trainer};
+use edgellm_tune::{Trainer, TuneConfig, TuneError};
 
 fn config(exits: Vec<usize>, window: usize) -> TuneConfig {
     TuneConfig {
@@ -20,6 +20,7 @@ fn config(exits: Vec<usize>, window: usize) -> TuneConfig {
         lora: LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Projection::ALL.to_vec() },
         train_exit_norms: true,
         learning_rate: 1e-2,
+        exit_scale: ExitScale::Equal,
         lr_schedule: LrSchedule::Constant,
         warmup_steps: 0,
         adamw: AdamWConfig::default(),

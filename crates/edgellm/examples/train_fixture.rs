@@ -124,7 +124,7 @@ fn tokens(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, edgellm::model:
 /// Mean loss at an exit, over windows of held-out text.
 fn exit_loss(decoder: &Decoder, ids: &[u32], context: usize, exit: usize) -> Result<f64, Box<dyn std::error::Error>> {
     let windows: Vec<Example> = ids.chunks_exact(context).map(|w| Example::new(&w[..1], &w[1..])).collect();
-    Ok(eval::heldout_loss(decoder, None, &[exit], None, &windows, &mut |_| {})?.by_exit[0].loss)
+    Ok(eval::heldout_loss(decoder, None, &[exit], &[], &windows, &mut |_| {})?.by_exit[0].loss)
 }
 
 fn write_weights(args: &Args, decoder: &Decoder) -> Result<(), Box<dyn std::error::Error>> {

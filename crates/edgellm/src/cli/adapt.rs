@@ -12,7 +12,7 @@ use edgellm::model::data::Example;
 use edgellm::model::traits::{MetricSink, NoMetrics, Voter};
 use edgellm::model::values::Projection;
 use edgellm::session::LoadedModel;
-use edgellm::tune::exits::exit_schedule;
+use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule};
 use edgellm::tune::voters::VOTERS;
 use edgellm::tune::{StepReport, Trainer, TuneConfig};
@@ -91,8 +91,11 @@ struct OptimizerArgs {
     #[arg(long, allow_negative_numbers = true, default_value_t = 2e-4, value_name = "RATE")]
     lr: f64,
     /// How the learning rate moves after the warm-up: constant, cosine or linear
-    #[arg(long, default_value = "cosine", value_name = "NAME")]
+    #[arg(long, default_value = "constant", value_name = "NAME")]
     lr_schedule: String,
+    /// How strongly exits before the last are trained: depth (less, the earlier they are) or equal
+    #[arg(long, default_value = "depth", value_name = "NAME")]
+    exit_scale: String,
     /// Steps of increasing learning rate
     #[arg(long, default_value_t = 0, value_name = "N")]
     warmup: u64,
@@ -176,6 +179,7 @@ impl Adapt {
         }
         exit_schedule(&self.exit_schedule, self.steps, self.seed)?;
         self.optimizer.lr_schedule.parse::<LrSchedule>()?;
+        self.optimizer.exit_scale.parse::<ExitScale>()?;
         Ok(())
     }
 
@@ -193,6 +197,7 @@ impl Adapt {
             lora,
             train_exit_norms: true,
             learning_rate: self.optimizer.lr,
+            exit_scale: self.optimizer.exit_scale.parse()?,
             lr_schedule: self.optimizer.lr_schedule.parse()?,
             warmup_steps: self.optimizer.warmup,
             adamw: AdamWConfig { weight_decay: self.optimizer.weight_decay, ..AdamWConfig::default() },
@@ -301,42 +306,28 @@ impl Losses {
     }
 }
 
-/// Held-out losses; one pass for each voter, or one without.
+/// Held-out losses of the exits and of these votes, in one pass.
 fn held_out(
     ctx: &Context,
     model: &LoadedModel,
     adapter: Option<&Adapter>,
     exits: &[usize],
     examples: &[Example],
-    voters: &[&'static dyn Voter],
+    voters: &[&dyn Voter],
 ) -> anyhow::Result<Losses> {
     let when = if adapter.is_some() { "held-out loss after" } else { "held-out loss before" };
-    // The vote `last` is the last exit's own loss.
-    let passes: Vec<Option<&'static dyn Voter>> = match voters {
-        [] => vec![None],
-        voters => voters.iter().copied().filter(|v| v.needs_all_exits()).map(Some).collect(),
-    };
-    let mut losses = Losses { by_exit: Vec::new(), votes: Vec::new() };
     let mut progress = ctx.progress(when, 0, Counted::Items("batches"));
-    for (pass, voter) in passes.iter().enumerate() {
-        let result = interrupt::stoppable(|| {
-            let on_batch = &mut |p: edgellm::eval::Progress| {
-                progress.set_total((p.total * passes.len()) as u64);
-                progress.set((pass * p.total + p.done) as u64);
-                interrupt::checkpoint();
-            };
-            Ok(heldout_loss(&model.decoder, adapter, exits, *voter, examples, on_batch)?)
-        })?;
-        losses.by_exit = result.by_exit;
-        if let (Some(voter), Some(loss)) = (voter, result.vote) {
-            losses.votes.push((voter.name(), loss));
-        }
-    }
-    if !voters.is_empty() {
-        losses.votes.insert(0, ("last", losses.last()));
-    }
+    let result = interrupt::stoppable(|| {
+        let on_batch = &mut |p: edgellm::eval::Progress| {
+            progress.set_total(p.total as u64);
+            progress.set(p.done as u64);
+            interrupt::checkpoint();
+        };
+        Ok(heldout_loss(&model.decoder, adapter, exits, voters, examples, on_batch)?)
+    })?;
     progress.finish();
-    Ok(losses)
+    let votes = voters.iter().map(|voter| voter.name()).zip(result.votes).collect();
+    Ok(Losses { by_exit: result.by_exit, votes })
 }
 
 fn step_json(report: &StepReport) -> Value {

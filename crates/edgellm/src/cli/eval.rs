@@ -9,6 +9,7 @@ use edgellm::eval::{
 };
 use edgellm::model::adapter::Adapter;
 use edgellm::model::io::read_text;
+use edgellm::model::traits::Voter;
 use edgellm::session::LoadedModel;
 use edgellm::tune::voters::voter;
 use serde_json::json;
@@ -64,7 +65,7 @@ impl Results {
     /// Loss of the vote, or of the last exit.
     fn heldout_loss(&self) -> Option<f64> {
         let heldout = self.heldout.as_ref()?;
-        heldout.vote.or(heldout.by_exit.last().map(|exit| exit.loss))
+        heldout.votes.first().copied().or(heldout.by_exit.last().map(|exit| exit.loss))
     }
 }
 
@@ -129,10 +130,12 @@ impl Eval {
         path: &Path,
     ) -> anyhow::Result<HeldOut> {
         let examples = self.format.read(model, path)?;
-        let vote = Some(voter(&self.vote)?).filter(|v| v.needs_all_exits());
+        let vote = voter(&self.vote)?;
+        // The vote of the last exit alone is its own loss.
+        let voters: &[&dyn Voter] = if vote.needs_all_exits() { &[vote] } else { &[] };
         let exits = exits(adapter, model.decoder.n_blocks())?;
         with_progress(ctx, "held-out loss", |on_step| {
-            Ok(heldout_loss(&model.decoder, adapter, &exits, vote, &examples, on_step)?)
+            Ok(heldout_loss(&model.decoder, adapter, &exits, voters, &examples, on_step)?)
         })
     }
 
@@ -173,7 +176,7 @@ impl Eval {
         for exit in results.heldout.iter().flat_map(|h| &h.by_exit) {
             row(&format!("held-out loss, exit {}", exit.exit), format!("{:.4}", exit.loss));
         }
-        if let Some(loss) = results.heldout.as_ref().and_then(|h| h.vote) {
+        if let Some(loss) = results.heldout.as_ref().and_then(|h| h.votes.first()) {
             row(&format!("held-out loss, vote {}", self.vote), format!("{loss:.4}"));
         }
         row("model", bytes(model.files.file_bytes()));
