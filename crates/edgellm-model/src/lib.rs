@@ -18,8 +18,10 @@ pub mod gguf;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod io;
+pub mod rope;
 pub mod safetensors;
 pub mod sample;
+pub mod save;
 #[doc(hidden)]
 pub mod testing;
 pub mod tokenizer;
