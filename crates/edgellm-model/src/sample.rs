@@ -46,7 +46,11 @@ impl Sampler {
             if (low..=high).contains(&value) {
                 return Ok(());
             }
-            Err(ModelError::Value { what: what.into(), expected: format!("from {low} to {high}"), found: value.to_string() })
+            Err(ModelError::Value {
+                what: what.into(),
+                expected: format!("from {low} to {high}"),
+                found: value.to_string(),
+            })
         };
         check("temperature", config.temperature, 0.0, 100.0)?;
         check("top-p", config.top_p, f64::MIN_POSITIVE, 1.0)?;

@@ -63,7 +63,8 @@ fn names_and_orientation_are_those_of_peft() {
     let name = "base_model.model.model.layers.0.mlp.down_proj";
     assert_eq!(tensors.tensor(&format!("{name}.lora_A.weight")).unwrap().shape(), [2, input]);
     assert_eq!(tensors.tensor(&format!("{name}.lora_B.weight")).unwrap().shape(), [out, 2]);
-    let config: serde_json::Value = serde_json::from_slice(&fs::read(dir.join("adapter_config.json")).unwrap()).unwrap();
+    let config: serde_json::Value =
+        serde_json::from_slice(&fs::read(dir.join("adapter_config.json")).unwrap()).unwrap();
     assert_eq!(config["peft_type"], "LORA");
     assert_eq!(config["task_type"], "CAUSAL_LM");
     assert_eq!(config["r"], 2);
@@ -113,23 +114,35 @@ const DAMAGES: &[Damage] = &[
     ("no weights", |d| fs::remove_file(d.join("adapter_model.safetensors")).unwrap(), "adapter_model.safetensors"),
     ("empty weights", |d| fs::write(d.join("adapter_model.safetensors"), "").unwrap(), "safetensors file"),
     ("weights cut short", |d| cut(&d.join("adapter_model.safetensors"), 100), "safetensors file"),
-    ("weights' header length is huge", |d| {
-        let path = d.join("adapter_model.safetensors");
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
-        fs::write(path, bytes).unwrap();
-    }, "safetensors file"),
-    ("weights hold NaN", |d| {
-        let path = d.join("adapter_model.safetensors");
-        let mut bytes = fs::read(&path).unwrap();
-        let end = bytes.len();
-        bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
-        fs::write(path, bytes).unwrap();
-    }, "expected finite values"),
+    (
+        "weights' header length is huge",
+        |d| {
+            let path = d.join("adapter_model.safetensors");
+            let mut bytes = fs::read(&path).unwrap();
+            bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+            fs::write(path, bytes).unwrap();
+        },
+        "safetensors file",
+    ),
+    (
+        "weights hold NaN",
+        |d| {
+            let path = d.join("adapter_model.safetensors");
+            let mut bytes = fs::read(&path).unwrap();
+            let end = bytes.len();
+            bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+            fs::write(path, bytes).unwrap();
+        },
+        "expected finite values",
+    ),
     ("exits cut short", |d| cut(&d.join("edgellm_exits.safetensors"), 10), "edgellm_exits.safetensors"),
-    ("exits with another's names", |d| {
-        fs::copy(d.join("adapter_model.safetensors"), d.join("edgellm_exits.safetensors")).map(drop).unwrap();
-    }, "exits.N.norm.weight"),
+    (
+        "exits with another's names",
+        |d| {
+            fs::copy(d.join("adapter_model.safetensors"), d.join("edgellm_exits.safetensors")).map(drop).unwrap();
+        },
+        "exits.N.norm.weight",
+    ),
 ];
 
 fn cut(path: &Path, by: usize) {

@@ -107,7 +107,11 @@ impl<'a> SmallFile<'a> {
     }
 
     fn tensor<const D: usize>(&self, name: &str, device: &Device) -> Result<Tensor<D>, ModelError> {
-        let bad = |reason: String| ModelError::Parse { path: self.path.to_path_buf(), what: format!("tensor {name}"), reason };
+        let bad = |reason: String| ModelError::Parse {
+            path: self.path.to_path_buf(),
+            what: format!("tensor {name}"),
+            reason,
+        };
         let view = self.tensors.tensor(name).map_err(|e| bad(e.to_string()))?;
         let shape: [usize; D] = view
             .shape()
@@ -130,7 +134,8 @@ impl<'a> SmallFile<'a> {
 fn read_config(dir: &Path) -> Result<LoraConfig, ModelError> {
     let path = dir.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(|e| ModelError::io(&path, e))?;
-    let bad = |reason: String| ModelError::Parse { path: path.clone(), what: "PEFT adapter configuration".into(), reason };
+    let bad =
+        |reason: String| ModelError::Parse { path: path.clone(), what: "PEFT adapter configuration".into(), reason };
     let config: PeftConfig = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
     if config.peft_type != "LORA" {
         return Err(bad(format!("peft_type: expected LORA, found {}", config.peft_type)));
@@ -145,7 +150,10 @@ fn read_config(dir: &Path) -> Result<LoraConfig, ModelError> {
         }
     }
     if targets.len() != config.target_modules.len() {
-        return Err(bad(format!("target_modules: expected projections of a decoder block, found {:?}", config.target_modules)));
+        return Err(bad(format!(
+            "target_modules: expected projections of a decoder block, found {:?}",
+            config.target_modules
+        )));
     }
     let lora = LoraConfig { rank: config.r, alpha: config.lora_alpha, use_rslora: config.use_rslora, targets };
     lora.validate()?;

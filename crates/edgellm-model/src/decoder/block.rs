@@ -4,7 +4,9 @@
 //! `n1 = rms_norm(x)` and `n2 = rms_norm(h)` (Touvron et al., "LLaMA", 2023, section 2.2).
 
 use burn::tensor::Tensor;
-use edgellm_kernels::{AttentionParams, Lora, PackedLayout, PackedMatrix, attention, packed_linear, rms_norm, rope, swiglu};
+use edgellm_kernels::{
+    AttentionParams, Lora, PackedLayout, PackedMatrix, attention, packed_linear, rms_norm, rope, swiglu,
+};
 
 use super::cache::LayerCache;
 use super::rope::RopeSlice;
@@ -191,11 +193,7 @@ impl Block {
             Some(cache) => cache.append(k, v),
             None => (k, v, 0),
         };
-        let params = AttentionParams {
-            scale: config.attention_scale(),
-            offset,
-            window: config.window_of(ctx.index),
-        };
+        let params = AttentionParams { scale: config.attention_scale(), offset, window: config.window_of(ctx.index) };
         let out = attention(q, k, v, params);
         let merged = out.swap_dims(1, 2).reshape([batch * tokens, config.n_heads * config.head_dim]);
         self.project(Projection::O, merged, ctx, lora)

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor};
 use edgellm_kernels::{PackedHost, PackedLayout};
 
-use super::block::{Block, Linear, Weight};
 use super::Decoder;
+use super::block::{Block, Linear, Weight};
 use crate::ModelError;
 use crate::files::ModelFiles;
 use crate::traits::WeightStore;

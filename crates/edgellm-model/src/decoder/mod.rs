@@ -59,7 +59,8 @@ impl Decoder {
         device: Device,
     ) -> Result<Self, ModelError> {
         let expected = [config.vocab_size, config.hidden_size];
-        for (name, shape) in [("embedding", Some(embedding.shape())), ("head", head.as_ref().map(|h| h.weight.shape()))] {
+        for (name, shape) in [("embedding", Some(embedding.shape())), ("head", head.as_ref().map(|h| h.weight.shape()))]
+        {
             if let Some(shape) = shape.filter(|s| *s != expected) {
                 return Err(ModelError::Value {
                     what: format!("shape of the {name}"),

@@ -73,7 +73,12 @@ impl LayerFormat {
         match self.bit_width {
             32 => Ok(Format::F32),
             16 => Ok(Format::F16),
-            _ => Ok(Format::Quantized(QuantFormat::new(self.bit_width, self.group_size, self.symmetric, ScaleType::F16)?)),
+            _ => Ok(Format::Quantized(QuantFormat::new(
+                self.bit_width,
+                self.group_size,
+                self.symmetric,
+                ScaleType::F16,
+            )?)),
         }
     }
 

@@ -72,10 +72,11 @@ impl FromStr for Projection {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        Projection::ALL
-            .into_iter()
-            .find(|p| p.name() == s)
-            .ok_or_else(|| format!("'{s}' is no projection; expected one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"))
+        Projection::ALL.into_iter().find(|p| p.name() == s).ok_or_else(|| {
+            format!(
+                "'{s}' is no projection; expected one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+            )
+        })
     }
 }
 
