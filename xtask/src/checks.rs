@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use xshell::cmd;
 
-use crate::edgellm::{Edgellm, SMOLLM2, arg};
+use crate::edgellm::{Edgellm, SMOLLM2, arg, number};
 use crate::{python, repo};
 
 /// Compares every GGUF type's dequantized values with the `gguf` package's.
@@ -90,6 +90,26 @@ pub(crate) fn adapter(edgellm: &Edgellm) -> Result<String> {
     let (python, script) = (python::interpreter(python::LIGHT)?, python::script("check_adapter.py")?);
     let shell = repo::shell()?;
     Ok(cmd!(shell, "{python} {script} {model} {adapter} {logits}").quiet().read()?)
+}
+
+/// Memory that loading and generating may take above the size of the weights.
+const MEMORY_ABOVE_FILE: f64 = 150e6;
+
+/// Loads and generates from the memory-mapped GGUF and from a compressed directory; peak memory stays near the file's size.
+pub(crate) fn memory(edgellm: &Edgellm) -> Result<String> {
+    let folder = repo::scratch("memory")?.join("q4g32a");
+    let compressed = edgellm.json(["compress", "-m", SMOLLM2, "--format", "q4g32a", "-o", arg(&folder)?, "--force"])?;
+    let mut lines = Vec::new();
+    for (name, model, size) in [
+        ("GGUF", SMOLLM2, number(&compressed, "bytes_before")?),
+        ("q4g32a", arg(&folder)?, number(&compressed, "bytes_after")?),
+    ] {
+        let run = edgellm.json(["run", "-m", model, "--raw", "-p", "Once upon a time", "-n", "32", "--temp", "0"])?;
+        let Some(peak) = run["peak_rss_bytes"].as_f64() else { return Ok("no peak memory on this system".to_owned()) };
+        ensure!(peak <= size + MEMORY_ABOVE_FILE, "{name}: peak {peak} bytes for a file of {size} bytes");
+        lines.push(format!("{name} {:.0} MB of {:.0} MB weights", peak / 1e6, size / 1e6));
+    }
+    Ok(format!("peak memory: {}", lines.join(", ")))
 }
 
 /// An adapter with what another program needs to follow it.

@@ -50,6 +50,12 @@ impl Edgellm {
         self
     }
 
+    /// The same command with an environment variable.
+    pub(crate) fn with_env(self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.shell.set_var(name, value);
+        self
+    }
+
     /// The same command on a device that is not the default one.
     pub(crate) fn on(mut self, device: &str) -> Self {
         self.device = Some(device.to_owned());

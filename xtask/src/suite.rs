@@ -39,7 +39,7 @@ struct Step {
 const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
 const NO_GOLDEN: &str = "no ../shared/golden";
 
-const STEPS: [Step; 17] = [
+const STEPS: [Step; 19] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
@@ -65,9 +65,15 @@ const STEPS: [Step; 17] = [
         run: || checks::gguf_types(&Edgellm::build(&[])?.quietly()).map(Outcome::Passed),
     },
     Step { name: "pull the real model", quick: false, run: pull },
+    Step { name: "files of the real model", quick: false, run: real_model_tests },
     Step { name: "GGUF of the real model", quick: false, run: gguf_of_the_real_model },
-    Step { name: "parity on flex", quick: false, run: || parity("flex") },
-    Step { name: "parity on ndarray", quick: false, run: || parity("ndarray") },
+    Step {
+        name: "memory of the real model",
+        quick: false,
+        run: || checks::memory(&Edgellm::build(&[])?.quietly()).map(Outcome::Passed),
+    },
+    Step { name: "parity on flex", quick: false, run: flex_parity },
+    Step { name: "parity on ndarray", quick: false, run: ndarray_parity },
     Step { name: "parity on wgpu", quick: false, run: wgpu_parity },
 ];
 
@@ -206,17 +212,27 @@ fn wgpu_operators() -> Result<Outcome> {
     Ok(Outcome::Passed(format!("{wgpu} suites on each")))
 }
 
+/// The command that the conformance step built, with the features of every device.
+fn with_every_device() -> Result<Edgellm> {
+    let binary = repo::target()?.join("wgpu/debug/edgellm");
+    ensure!(binary.exists(), "the step with the operators built no {}", binary.display());
+    Ok(Edgellm::at(repo::shell()?, binary).quietly())
+}
+
+fn flex_parity() -> Result<Outcome> {
+    parity(&Edgellm::build(&[])?.quietly(), "flex", golden::Parts::All)
+}
+
+fn ndarray_parity() -> Result<Outcome> {
+    parity(&with_every_device()?.on("ndarray"), "ndarray", golden::Parts::All)
+}
+
 /// Logits only: the driver computes on the CPU, many times slower than our kernels there.
 fn wgpu_parity() -> Result<Outcome> {
     let Some(driver) = lavapipe()? else { return Ok(Outcome::NotRun(NO_LAVAPIPE.to_owned())) };
-    let Some(folder) = golden::folder()? else { return Ok(Outcome::NotRun(NO_GOLDEN.to_owned())) };
-    let binary = repo::target()?.join("wgpu/debug/edgellm");
-    ensure!(binary.exists(), "the step before it built no {}", binary.display());
-    let shell = repo::shell()?;
-    shell.set_var("VK_ICD_FILENAMES", driver);
-    shell.set_var("XDG_RUNTIME_DIR", repo::scratch("runtime")?);
-    let edgellm = Edgellm::at(shell, binary).on("wgpu").quietly();
-    golden::compare(&edgellm, &folder, golden::tolerance("wgpu"), golden::Parts::Prompts).map(Outcome::Passed)
+    let edgellm = with_every_device()?.on("wgpu");
+    let edgellm = edgellm.with_env("VK_ICD_FILENAMES", driver).with_env("XDG_RUNTIME_DIR", repo::scratch("runtime")?);
+    parity(&edgellm, "wgpu", golden::Parts::Prompts)
 }
 
 fn on_aarch64(step: impl Fn() -> Result<String>) -> Result<Outcome> {
@@ -229,6 +245,20 @@ fn on_aarch64(step: impl Fn() -> Result<String>) -> Result<Outcome> {
 fn pull() -> Result<Outcome> {
     let path = Edgellm::build(&[])?.quietly().pull(SMOLLM2)?;
     Ok(Outcome::Passed(path.display().to_string()))
+}
+
+/// The model crate's tests on the real file, which the plain tests leave out.
+fn real_model_tests() -> Result<Outcome> {
+    let Some(folder) = golden::folder()? else { return Ok(Outcome::NotRun(NO_GOLDEN.to_owned())) };
+    let path = Edgellm::build(&[])?.quietly().pull(SMOLLM2)?;
+    let file = if path.is_dir() { gguf_in(&path)? } else { path };
+    let shell = repo::shell()?;
+    cmd!(shell, "cargo nextest run --release --workspace -E binary(real_model)")
+        .env("EDGELLM_TEST_MODEL", file)
+        .env("EDGELLM_TEST_GOLDEN", folder)
+        .quiet()
+        .run()?;
+    passed()
 }
 
 fn gguf_of_the_real_model() -> Result<Outcome> {
@@ -248,14 +278,10 @@ fn gguf_in(folder: &Path) -> Result<PathBuf> {
     bail!("no GGUF file in {}", folder.display())
 }
 
-fn parity(device: &str) -> Result<Outcome> {
-    let Some(folder) = golden::folder()? else {
-        return Ok(Outcome::NotRun(NO_GOLDEN.to_owned()));
-    };
-    let features: &[&str] = if device == "flex" { &[] } else { &[device] };
-    let edgellm = Edgellm::build(features)?.on(device).quietly();
+fn parity(edgellm: &Edgellm, device: &str, parts: golden::Parts) -> Result<Outcome> {
+    let Some(folder) = golden::folder()? else { return Ok(Outcome::NotRun(NO_GOLDEN.to_owned())) };
     edgellm.pull(SMOLLM2).context("the model could not be pulled")?;
-    golden::compare(&edgellm, &folder, golden::tolerance(device), golden::Parts::All).map(Outcome::Passed)
+    golden::compare(edgellm, &folder, golden::tolerance(device), parts).map(Outcome::Passed)
 }
 
 #[cfg(test)]

@@ -49,7 +49,8 @@ impl std::str::FromStr for ExitScale {
     }
 }
 
-/// All steps of the earliest exit first, then the next, up to the last: equal shares of `total_steps`.
+/// All steps of the earliest exit first, then the next, up to the last: from shallow to deep, with shares that grow as
+/// 1 : 2 : ... : k, since the deepest exit is the one that most people use, and must make good what the others changed.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequential {
     /// Steps of the whole run.
@@ -62,9 +63,11 @@ impl ExitSchedule for Sequential {
     }
 
     fn choose(&self, step: u64, n_exits: usize) -> usize {
+        // Exit `i` ends where the first `(i + 1) (i + 2)` of `k (k + 1)` parts of the run end.
+        let parts = |exits: usize| (exits * (exits + 1)) as u128;
+        let done = u128::from(step) * parts(n_exits);
         let total = u128::from(self.total_steps.max(1));
-        let index = u128::from(step) * n_exits as u128 / total;
-        (index as usize).min(n_exits - 1)
+        (0..n_exits - 1).find(|&exit| done < total * parts(exit + 1)).unwrap_or(n_exits - 1)
     }
 }
 
@@ -128,9 +131,13 @@ mod tests {
     }
 
     #[test]
-    fn sequential_gives_each_exit_an_equal_run() {
-        assert_eq!(chosen(&Sequential { total_steps: 8 }, 8, 4), [0, 0, 1, 1, 2, 2, 3, 3]);
-        assert_eq!(chosen(&Sequential { total_steps: 3 }, 5, 2), [0, 0, 1, 1, 1]);
+    fn sequential_goes_from_shallow_to_deep_in_growing_shares() {
+        assert_eq!(chosen(&Sequential { total_steps: 10 }, 10, 4), [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]);
+        assert_eq!(chosen(&Sequential { total_steps: 3 }, 5, 2), [0, 1, 1, 1, 1]);
+        assert_eq!(chosen(&Sequential { total_steps: 5 }, 5, 1), [0; 5]);
+        let shares = chosen(&Sequential { total_steps: 1000 }, 1000, 4);
+        let counts = [0, 1, 2, 3].map(|exit| shares.iter().filter(|&&e| e == exit).count());
+        assert_eq!(counts, [100, 200, 300, 400]);
     }
 
     #[test]

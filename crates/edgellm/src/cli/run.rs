@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
+use edgellm::eval::peak_rss_bytes;
 use edgellm::model::ModelError;
 use edgellm::model::adapter::{Adapter, even_exits};
 use edgellm::model::chat::{ChatMessage, ChatTemplate};
@@ -120,7 +121,7 @@ impl Answer {
         json!({
             "text": self.text, "token_ids": self.token_ids, "prompt_tokens": self.prompt_tokens,
             "prefill_seconds": self.prefill_seconds, "decode_seconds": self.decode_seconds,
-            "tokens_per_second": self.tokens_per_second(),
+            "tokens_per_second": self.tokens_per_second(), "peak_rss_bytes": peak_rss_bytes(),
         })
     }
 
