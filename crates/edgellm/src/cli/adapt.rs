@@ -88,7 +88,7 @@ pub(crate) struct Adapt {
 #[derive(Args)]
 struct OptimizerArgs {
     /// Largest learning rate
-    #[arg(long, allow_negative_numbers = true, default_value_t = 2e-4, value_name = "RATE")]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1e-3, value_name = "RATE")]
     lr: f64,
     /// How the learning rate moves after the warm-up: constant, cosine or linear
     #[arg(long, default_value = "constant", value_name = "NAME")]
