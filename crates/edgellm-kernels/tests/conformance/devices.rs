@@ -76,7 +76,7 @@ fn wgpu() -> Result<Device, String> {
 }
 
 /// The chosen instruction set is one per process, so tests take turns.
-fn turn() -> MutexGuard<'static, ()> {
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
     static TURN: OnceLock<Mutex<()>> = OnceLock::new();
     TURN.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,7 +1,9 @@
 //! Gradients of the operators without packed weights.
 
-use burn::tensor::Tensor;
-use edgellm_kernels::{Format, PackedHost, PackedLayout, packed_linear, rms_norm, swiglu};
+use burn::tensor::{Int, Tensor};
+use edgellm_kernels::{
+    Format, Lora, PackedHost, PackedLayout, cross_entropy_head, packed_linear, rms_norm, rope, swiglu,
+};
 
 use crate::check::{flat, read, values};
 use crate::devices::on_every_device;
@@ -60,5 +62,33 @@ fn gradient_checkpointing_changes_nothing() {
         let (plain, checkpointed) = (run(false), run(true));
         assert!(plain.iter().any(|g| g.abs() > 1e-3));
         assert_eq!(plain, checkpointed, "{}", device.name);
+    });
+}
+
+/// Frozen tensors may stay on the inner device while others are tracked: they count as constants.
+#[test]
+fn constants_on_the_inner_device() {
+    on_every_device("constants on the inner device", |device| {
+        let (inner, tracked) = (&device.device, device.device.clone().autodiff());
+        let layout = PackedLayout::new(6, 8, Format::parse("q4g32a").unwrap()).unwrap();
+        let w = PackedHost::quantize(&values(48, 1), layout).unwrap().to_device(inner);
+        let run = |constants: &burn::tensor::Device| {
+            let make = |n: usize, seed: u64| Tensor::<1>::from_floats(values(n, seed).as_slice(), constants);
+            let leaf = |n: usize, seed: u64| Tensor::<1>::from_floats(values(n, seed).as_slice(), &tracked);
+            let (a, b) = (leaf(16, 2).reshape([2, 8]).require_grad(), leaf(12, 3).reshape([6, 2]).require_grad());
+            // A frozen activation below the first tracked parameter.
+            let x = make(3 * 8, 4).reshape([3, 8]);
+            let y = packed_linear(x, &w, Some(&Lora { a: a.clone(), b: b.clone(), scaling: 0.5 }));
+            let y = rms_norm(y, make(6, 5), 1e-6);
+            let y = rope(y.reshape([1, 1, 3, 6]), make(9, 6).reshape([3, 3]), make(9, 7).reshape([3, 3]));
+            let hidden = y.reshape([3, 6]).matmul(leaf(48, 8).reshape([6, 8]));
+            let targets = Tensor::<1, Int>::from_ints([1, 5, 0], constants);
+            let loss = cross_entropy_head(hidden, &w, targets, make(3, 9));
+            let grads = loss.clone().backward();
+            [read(loss.inner()), read(flat(a.grad(&grads).unwrap())), read(flat(b.grad(&grads).unwrap()))]
+        };
+        let found = run(inner);
+        assert!(found.iter().flatten().any(|g| g.abs() > 1e-3));
+        assert_eq!(found, run(&tracked), "{}", device.name);
     });
 }
