@@ -48,6 +48,7 @@ struct Settings {
     pull: bool,
     target_bpw: &'static str,
     calibration_tokens: &'static str,
+    group_sizes: &'static str,
     context: &'static str,
     windows: &'static str,
     /// Of the tuning: steps, longest example, window in blocks, learning rate.
@@ -64,14 +65,15 @@ impl Settings {
             model: arg(&model)?.to_owned(),
             title: "the tiny model of fixtures/".to_owned(),
             pull: false,
-            target_bpw: "3.5",
+            target_bpw: "3.0",
             calibration_tokens: "2048",
+            group_sizes: "32,64,128",
             context: "256",
             windows: "24",
-            steps: "120",
+            steps: "800",
             max_len: "128",
             window: "4",
-            lr: "3e-3",
+            lr: "4e-3",
         })
     }
 
@@ -82,6 +84,7 @@ impl Settings {
             pull: true,
             target_bpw: "4.5",
             calibration_tokens: "512",
+            group_sizes: "32",
             context: "256",
             windows: "4",
             steps: "40",
@@ -92,7 +95,7 @@ impl Settings {
     }
 }
 
-const QUESTION: &str = "What is my favourite drink?";
+const QUESTION: &str = "What is my bedtime?";
 
 /// Runs every stage, prints the summary, and returns its first line.
 fn show(settings: &Settings) -> Result<String> {
@@ -187,7 +190,7 @@ impl<'a> Stages<'a> {
             let tokens = s.settings.calibration_tokens;
             let model = &s.settings.model;
             let args = ["measure", "-m", model, "-o", &out, "--text", &calibration, "--tokens", tokens];
-            s.edgellm.json(args.into_iter().chain(["--group-size", "32"]))
+            s.edgellm.json(args.into_iter().chain(["--group-size", s.settings.group_sizes]))
         })?;
         self.stage("plan: the widths that cost least for the size", |s| {
             let (measurement, out) = (s.path("measurement.json")?, s.path("policy.toml")?);
@@ -226,7 +229,7 @@ impl<'a> Stages<'a> {
             let set = s.settings;
             let mut args = vec!["adapt", "-m", &model, "--data", &data, "--eval-data", &heldout, "-o", &out];
             args.extend(["--steps", set.steps, "--batch", "4", "--max-len", set.max_len, "--window", set.window]);
-            args.extend(["--exits", "4", "--rank", "8", "--alpha", "16", "--lr", set.lr, "--template", "chat"]);
+            args.extend(["--exits", "4", "--rank", "16", "--alpha", "32", "--lr", set.lr, "--template", "chat"]);
             let json = s.edgellm.json(args)?;
             Ok((number(&json, "heldout_before")?, number(&json, "heldout_after")?))
         })
