@@ -92,7 +92,7 @@ impl Settings {
             group_sizes: "32,64",
             context: "256",
             windows: "4",
-            steps: "96",
+            steps: "140",
             max_len: "96",
             window: "8",
             lr: "1e-3",
@@ -113,7 +113,7 @@ fn show(settings: &Settings) -> Result<String> {
     let units = stages.plan()?;
     let (bytes_before, bytes_after) = stages.compress()?;
     let (base, small) = stages.quality()?;
-    let (loss_before, loss_after, votes) = stages.tune()?;
+    let tuning = stages.tune()?;
     let (answer_before, answer_after) = stages.answers()?;
     let summary = Summary {
         title: settings.title.clone(),
@@ -125,9 +125,9 @@ fn show(settings: &Settings) -> Result<String> {
         perplexity_small: number(&small, "perplexity")?,
         kl: number(&small, "kl")?,
         top1_agreement: number(&small, "top1_agreement")?,
-        loss_before,
-        loss_after,
-        votes,
+        loss_before: tuning.before,
+        loss_after: tuning.after,
+        votes: tuning.votes,
         question: QUESTION.to_owned(),
         answer_before,
         answer_after,
@@ -136,6 +136,13 @@ fn show(settings: &Settings) -> Result<String> {
     println!("\n{}", summary.render());
     println!("Everything it wrote is in {}", stages.folder.display());
     Ok(summary.headline())
+}
+
+/// Held-out losses of the tuning, and after it by how the exits vote.
+struct Tuning {
+    before: f64,
+    after: f64,
+    votes: Vec<(&'static str, f64)>,
 }
 
 /// The stages, each of which says what it does and how long it took.
@@ -228,7 +235,7 @@ impl<'a> Stages<'a> {
     }
 
     /// Held-out loss before and after, and after by how the exits vote.
-    fn tune(&mut self) -> Result<(f64, f64, Vec<(&'static str, f64)>)> {
+    fn tune(&mut self) -> Result<Tuning> {
         self.stage("adapt: learn what one user told it, and let the exits vote", |s| {
             let (model, out, heldout) = (s.path("compressed")?, s.path("adapter")?, s.path("heldout.jsonl")?);
             let all = fs::read_to_string(s.fixtures.join("instruct/heldout.jsonl"))?;
@@ -239,7 +246,11 @@ impl<'a> Stages<'a> {
             args.extend(["--exits", set.exits, "--rank", "16", "--alpha", "32", "--lr", set.lr, "--template", "chat"]);
             let json = s.edgellm.json(args)?;
             let votes = VOTES.iter().map(|vote| Ok((*vote, number(&json["votes_after"], vote)?)));
-            Ok((number(&json, "heldout_before")?, number(&json, "heldout_after")?, votes.collect::<Result<_>>()?))
+            Ok(Tuning {
+                before: number(&json, "heldout_before")?,
+                after: number(&json, "heldout_after")?,
+                votes: votes.collect::<Result<_>>()?,
+            })
         })
     }
 
