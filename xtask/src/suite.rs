@@ -223,8 +223,9 @@ fn flex_parity() -> Result<Outcome> {
     parity(&Edgellm::build(&[])?.quietly(), "flex", golden::Parts::All)
 }
 
+/// Logits only, as on wgpu: this build is not optimized for speed, and the logits decide the rest.
 fn ndarray_parity() -> Result<Outcome> {
-    parity(&with_every_device()?.on("ndarray"), "ndarray", golden::Parts::All)
+    parity(&with_every_device()?.on("ndarray"), "ndarray", golden::Parts::Prompts)
 }
 
 /// Logits only: the driver computes on the CPU, many times slower than our kernels there.
