@@ -7,6 +7,7 @@
 
 mod architecture;
 mod checks;
+mod compare;
 mod cross;
 mod demo;
 mod edgellm;
@@ -15,6 +16,7 @@ mod golden;
 mod python;
 mod repo;
 mod suite;
+mod synth_model;
 mod train_fixture;
 
 use std::process::ExitCode;
@@ -35,6 +37,9 @@ enum Task {
     Test(suite::Test),
     FixtureText(fixture::FixtureText),
     TrainFixture(train_fixture::TrainFixture),
+    SynthModel(synth_model::SynthModel),
+    CompareLlama(compare::llama::CompareLlama),
+    ComparePeft(compare::peft::ComparePeft),
     Golden(golden::Golden),
     CheckGguf(checks::CheckGguf),
     CheckAdapter(checks::CheckAdapter),
@@ -48,6 +53,9 @@ fn main() -> ExitCode {
         Task::Test(task) => task.run(),
         Task::FixtureText(task) => task.run(),
         Task::TrainFixture(task) => task.run(),
+        Task::SynthModel(task) => task.run(),
+        Task::CompareLlama(task) => task.run(),
+        Task::ComparePeft(task) => task.run(),
         Task::Golden(task) => task.run(),
         Task::CheckGguf(task) => task.run(),
         Task::CheckAdapter(task) => task.run(),

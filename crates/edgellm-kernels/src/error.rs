@@ -21,8 +21,33 @@ pub enum KernelError {
         /// Columns per group that were asked for.
         group_size: u16,
     },
+    /// A sparse format whose pattern does not exist, or does not combine with its group size and scales.
+    #[error(
+        "unsupported sparse format {format}: expected the pattern 2:4, 4:8 or b1 to b99, a group size of 32, 64 or \
+         128, and f16 scales"
+    )]
+    UnsupportedPattern {
+        /// Name of the format that was asked for.
+        format: String,
+    },
+    /// The mask of a row of a sparse matrix does not keep as many columns as its format says.
+    #[error("row {row} of a matrix {format}: expected {expected} kept columns from {first} to {end}, found {found}")]
+    Mask {
+        /// Row of the mask.
+        row: usize,
+        /// First column of the part that is wrong.
+        first: usize,
+        /// Column behind it.
+        end: usize,
+        /// Kept columns that the format asks for.
+        expected: usize,
+        /// Kept columns, set bits beyond the last column included.
+        found: usize,
+        /// Name of the format.
+        format: String,
+    },
     /// A format's name that does not parse.
-    #[error("unknown packed format {name:?}; expected f32, f16, bf16, or a name such as q4g32a or q3g64s")]
+    #[error("unknown packed format {name:?}; expected f32, f16, bf16, or a name such as q4g32a, q3g64s or q4g32s-2:4")]
     UnknownFormat {
         /// The name that was given.
         name: String,

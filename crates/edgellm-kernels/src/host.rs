@@ -6,12 +6,13 @@ use burn::tensor::Bytes;
 use rayon::prelude::*;
 
 use crate::error::{KernelError, Result};
-use crate::format::{Format, PackedLayout};
+use crate::format::{Arrangement, Format, PackedLayout};
+use crate::panels::Panels;
 
 /// A packed matrix in host memory.
 ///
 /// The buffers are shared, never copied where alignment allows: they may be views of a memory-mapped file.
-/// `words` is `rows * row_words` little-endian `u32`, `scales` is `rows * row_scale_words`, both row-major.
+/// Both are little-endian `u32`, of the shapes [`PackedLayout::words_shape`] and [`PackedLayout::scales_shape`].
 #[derive(Debug, Clone)]
 pub struct PackedHost {
     /// Shape and format.
@@ -43,6 +44,10 @@ impl PackedHost {
     /// ```
     pub fn quantize(values: &[f32], layout: PackedLayout) -> Result<Self> {
         layout.check()?;
+        if layout.arrangement == Arrangement::Panels {
+            let rows = PackedLayout { arrangement: Arrangement::Rows, ..layout };
+            return Self::quantize(values, rows)?.prepare();
+        }
         expect_len("values", &layout, layout.rows * layout.cols, values.len())?;
         let (row_words, row_scales) = (layout.row_words(), layout.row_scale_words());
         let mut words = vec![0u32; layout.rows * row_words];
@@ -70,8 +75,9 @@ impl PackedHost {
     /// [`PackedLayout::check`].
     pub fn from_parts(layout: PackedLayout, words: Bytes, scales: Bytes) -> Result<Self> {
         layout.check()?;
-        expect_len("bytes of codes", &layout, layout.rows * layout.row_words() * 4, words.len())?;
-        expect_len("bytes of scales", &layout, layout.rows * layout.row_scale_words() * 4, scales.len())?;
+        let bytes = |[rows, cols]: [usize; 2]| rows * cols * 4;
+        expect_len("bytes of codes", &layout, bytes(layout.words_shape()), words.len())?;
+        expect_len("bytes of scales", &layout, bytes(layout.scales_shape()), scales.len())?;
         Ok(PackedHost { layout, words: aligned(words), scales: aligned(scales) })
     }
 
@@ -121,6 +127,23 @@ impl PackedHost {
         Self::from_raw_floats(layout, Bytes::from_elems(bits))
     }
 
+    /// Checks what [`from_parts`](Self::from_parts) does not look at: that every row's mask keeps as many columns as
+    /// its sparse format says. Of a prepared matrix, that every
+    /// panel's masks do. Dense matrices are not read.
+    ///
+    /// # Errors
+    /// [`KernelError::Mask`] for the first row that is wrong.
+    pub fn check(&self) -> Result<()> {
+        if self.layout.arrangement == Arrangement::Panels {
+            let (words, scales) = (bytemuck::cast_slice(&self.words), bytemuck::cast_slice(&self.scales));
+            return Panels::new(self.layout, words, scales).check_masks();
+        }
+        let PackedLayout { rows, cols, format, .. } = self.layout;
+        let check = |row| format.codec().check(row, cols, self.row_words(row)).err();
+        let error = (0..rows).into_par_iter().find_map_first(check);
+        error.map_or(Ok(()), Err)
+    }
+
     /// All values, row-major.
     pub fn dequantize(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.layout.rows * self.layout.cols];
@@ -135,10 +158,16 @@ impl PackedHost {
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.layout.rows, "row {row} of {}", self.layout);
         assert_eq!(out.len(), self.layout.cols, "output of a row of {}", self.layout);
-        self.layout.format.codec().decode(self.row_words(row), self.row_scales(row), out);
+        match self.layout.arrangement {
+            Arrangement::Rows => self.layout.format.codec().decode(self.row_words(row), self.row_scales(row), out),
+            Arrangement::Panels => {
+                let (words, scales) = (bytemuck::cast_slice(&self.words), bytemuck::cast_slice(&self.scales));
+                Panels::new(self.layout, words, scales).decode_row(row, out);
+            }
+        }
     }
 
-    /// The matrix whose row `i` is this one's row `rows[i]`.
+    /// The matrix whose row `i` is this one's row `rows[i]`, in the row arrangement.
     ///
     /// # Errors
     /// [`KernelError::RowOutOfRange`]; [`KernelError::BadShape`] if `rows` is empty.
@@ -146,6 +175,9 @@ impl PackedHost {
         let layout = PackedLayout::new(rows.len(), self.layout.cols, self.layout.format)?;
         if let Some(&row) = rows.iter().find(|&&row| row >= self.layout.rows) {
             return Err(KernelError::RowOutOfRange { row, rows: self.layout.rows });
+        }
+        if self.layout.arrangement == Arrangement::Panels {
+            return self.unprepare()?.gather_rows(rows);
         }
         let words: Vec<u32> = rows.iter().flat_map(|&row| self.row_words(row)).copied().collect();
         let scales: Vec<u32> = rows.iter().flat_map(|&row| self.row_scales(row)).copied().collect();

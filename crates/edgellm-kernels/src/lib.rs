@@ -41,11 +41,16 @@ mod format;
 mod host;
 mod matrix;
 mod ops;
+mod panels;
 
-pub use arch::{Isa, active_isa, force_isa};
+pub use arch::pool::{set_threads, threads};
+pub use arch::{Ceilings, Isa, active_isa, force_isa, measure_ceilings};
 pub use error::{KernelError, Result};
-pub use flex::{KernelInfo, kernels};
-pub use format::{FAMILIES, Family, Format, PackedLayout, QuantFormat, ScaleType};
+pub use flex::{
+    BlockCache, BlockLinear, BlockScratch, BlockView, CacheType, KernelInfo, decoder_block, kernels, linear_rows,
+    log_softmax_row, rms_norm_rows,
+};
+pub use format::{Arrangement, FAMILIES, Family, Format, PackedLayout, QuantFormat, ScaleType, SparsePattern};
 pub use host::PackedHost;
 pub use matrix::{Lora, PackedMatrix};
 pub use ops::{

@@ -1,15 +1,19 @@
 //! Packed matrices on a device, and low-rank updates beside them.
 
+use std::sync::Arc;
+
+use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Device, Int, Tensor, TensorData};
 
 use crate::error::{KernelError, Result};
+use crate::flex::Packed;
 use crate::format::PackedLayout;
 use crate::host::PackedHost;
 use crate::ops;
 
 /// A packed matrix on a device. Cloning shares the buffers.
 ///
-/// Codes and scales are `u32` tensors, `[rows, row_words]` and `[rows, row_scale_words]`. On the `flex` device they
+/// Codes and scales are `u32` tensors of the shapes that the layout names. On the `flex` device they
 /// wrap the host buffers (for example a memory map) without a copy. They are never tracked by autodiff and live on
 /// the inner device.
 #[derive(Debug, Clone)]
@@ -18,6 +22,8 @@ pub struct PackedMatrix {
     words: Tensor<2, Int>,
     scales: Tensor<2, Int>,
     device: Device,
+    /// The buffers, on the CPU device.
+    host: Option<Arc<Packed>>,
 }
 
 /// A low-rank update `scaling * B A` of a packed matrix (LoRA, arXiv 2106.09685, section 4.1).
@@ -38,15 +44,21 @@ impl PackedHost {
     /// If the public fields were changed so that the buffers no longer fit the layout.
     pub fn to_device(self, device: &Device) -> PackedMatrix {
         let device = if device.is_autodiff() { device.clone().inner() } else { device.clone() };
-        let layout = self.layout;
-        let words = u32_tensor(self.words, layout.rows, layout.row_words(), &device);
+        let on_cpu = device == Device::flex();
+        let this = if on_cpu { self } else { self.unprepare().expect("buffers that fit the layout") };
+        let layout = this.layout;
+        let words = u32_tensor(this.words, layout.words_shape(), &device);
         let scales = if layout.row_scale_words() == 0 {
             // Some devices have no empty buffers.
-            u32_tensor(Bytes::from_elems(vec![0u32]), 1, 1, &device)
+            u32_tensor(Bytes::from_elems(vec![0u32]), [1, 1], &device)
         } else {
-            u32_tensor(self.scales, layout.rows, layout.row_scale_words(), &device)
+            u32_tensor(this.scales, layout.scales_shape(), &device)
         };
-        PackedMatrix { layout, words, scales, device }
+        let host = on_cpu.then(|| {
+            let primitive = |t: &Tensor<2, Int>| t.clone().try_into_primitive::<Flex>().expect("on the CPU device");
+            Arc::new(Packed::new(primitive(&words), primitive(&scales), layout))
+        });
+        PackedMatrix { layout, words, scales, device, host }
     }
 }
 
@@ -59,6 +71,11 @@ impl PackedMatrix {
     /// The (inner) device of the buffers.
     pub fn device(&self) -> Device {
         self.device.clone()
+    }
+
+    /// The buffers, if the matrix is on the CPU device.
+    pub(crate) fn host(&self) -> Option<&Packed> {
+        self.host.as_deref()
     }
 
     /// Copies the matrix back to the host.
@@ -97,8 +114,8 @@ impl PackedMatrix {
     }
 }
 
-fn u32_tensor(bytes: Bytes, rows: usize, cols: usize, device: &Device) -> Tensor<2, Int> {
-    Tensor::from_data(TensorData::from_bytes(bytes, [rows, cols], DType::U32), (device, DType::U32))
+fn u32_tensor(bytes: Bytes, shape: [usize; 2], device: &Device) -> Tensor<2, Int> {
+    Tensor::from_data(TensorData::from_bytes(bytes, shape, DType::U32), (device, DType::U32))
 }
 
 fn read_back(tensor: Tensor<2, Int>) -> Result<Bytes> {
@@ -111,7 +128,6 @@ fn read_back(tensor: Tensor<2, Int>) -> Result<Bytes> {
 
 #[cfg(test)]
 mod tests {
-    use burn::backend::Flex;
     use burn::tensor::AllocationProperty;
 
     use super::*;

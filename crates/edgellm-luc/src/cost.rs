@@ -1,7 +1,7 @@
 //! What formats cost in bytes, and what a policy costs in all.
 //!
-//! `bits per weight = 8 * bytes / weights`, over all units, scales and padding included. Zeros of unstructured
-//! sparsity are stored like any other code, so they save nothing here.
+//! `bits per weight = 8 * bytes / weights`, over all units, scales, masks and padding included. Pruned weights save
+//! what their format saves: see [`LayerFormat::packed`].
 
 use edgellm_model::ModelError;
 use edgellm_model::values::{Budget, CompressionPolicy, LayerFormat, MatrixShape, Measurement};

@@ -1,8 +1,9 @@
 //! Round to nearest: the baseline compressor.
 //!
-//! Each row first loses its smallest weights by magnitude (Han et al., "Learning both weights and connections", 2015),
-//! then every group is rounded to the nearest code ([`PackedHost::quantize`] states the rounding). Pruned formats are
-//! symmetric, and symmetric codes hold zero exactly, so a pruned weight decodes to exactly 0.
+//! The weights of least magnitude are pruned first (Han et al., "Learning both weights and connections", 2015): of each
+//! row, or of every 4 or 8 consecutive weights of it. Then every group is rounded to the nearest code
+//! ([`PackedHost::quantize`] states the rounding). A pruned weight decodes to exactly 0: sparse formats do not store
+//! it, and symmetric codes hold zero exactly.
 
 use edgellm_kernels::{PackedHost, PackedLayout};
 use edgellm_model::ModelError;
@@ -10,7 +11,7 @@ use edgellm_model::traits::Compressor;
 use edgellm_model::values::LayerFormat;
 use rayon::prelude::*;
 
-/// Magnitude pruning to the format's sparsity in every row, then round to nearest.
+/// Magnitude pruning to the format's sparsity and pattern, then round to nearest.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rtn;
 
@@ -30,16 +31,24 @@ impl Compressor for Rtn {
         if format.sparsity == 0.0 {
             return Ok(PackedHost::quantize(values, layout)?);
         }
-        if !format.symmetric && format.bit_width < 16 {
+        let sparse = layout.format.quantized().filter(|q| q.is_sparse());
+        if !format.symmetric && format.bit_width < 16 && sparse.is_none() {
             return Err(ModelError::Value {
                 what: format!("format {format}"),
-                expected: "symmetric codes, which hold zero exactly, in a pruned format".into(),
+                expected: "symmetric codes, which hold zero exactly, in a pruned format that stores all codes".into(),
                 found: "asymmetric codes".into(),
             });
         }
+        // Asymmetric codes round zeros that they store: exactly those are pruned that are not stored.
+        let zeros = match sparse.filter(|_| !format.symmetric) {
+            Some(sparse) => cols - sparse.pattern.kept(cols),
+            None => pruned_per_row(cols, format.sparsity),
+        };
         let mut pruned = values.to_vec();
-        let zeros = pruned_per_row(cols, format.sparsity);
-        pruned.par_chunks_mut(cols).for_each(|row| prune_row(row, zeros));
+        pruned.par_chunks_mut(cols).for_each(|row| match format.pattern.n_of_m() {
+            Some((n, m)) => row.chunks_mut(m).for_each(|group| prune(group, group.len().saturating_sub(n))),
+            None => prune(row, zeros),
+        });
         Ok(PackedHost::quantize(&pruned, layout)?)
     }
 }
@@ -51,7 +60,7 @@ pub fn pruned_per_row(cols: usize, sparsity: f64) -> usize {
 
 /// Sets the `zeros` values of least magnitude to zero; of equals, the first. NaN counts as largest, so that
 /// quantization reports it.
-fn prune_row(row: &mut [f32], zeros: usize) {
+fn prune(row: &mut [f32], zeros: usize) {
     if zeros == 0 {
         return;
     }
@@ -68,6 +77,8 @@ fn prune_row(row: &mut [f32], zeros: usize) {
 
 #[cfg(test)]
 mod tests {
+    use edgellm_model::values::Pattern;
+
     use super::*;
 
     fn values(n: usize) -> Vec<f32> {
@@ -100,6 +111,51 @@ mod tests {
     }
 
     #[test]
+    fn sparse_formats_store_what_is_left() {
+        let (rows, cols) = (3, 70);
+        let source = values(rows * cols);
+        for bits in [2, 4, 8, 16] {
+            for pattern in [Pattern::TwoFour, Pattern::FourEight] {
+                for symmetric in [true, false] {
+                    let format =
+                        if bits < 16 { LayerFormat::quantized(bits, 32, symmetric) } else { LayerFormat::float(bits) };
+                    let format = format.with_n_of_m(pattern);
+                    let packed = Rtn.compress(&source, rows, cols, &format).unwrap();
+                    let (n, m) = pattern.n_of_m().unwrap();
+                    for (row, source) in packed.dequantize().chunks(cols).zip(source.chunks(cols)) {
+                        for (group, source) in row.chunks(m).zip(source.chunks(m)) {
+                            let mut magnitudes: Vec<f32> = source.iter().map(|v| v.abs()).collect();
+                            magnitudes.sort_by(f32::total_cmp);
+                            let least = magnitudes[source.len().saturating_sub(n)];
+                            for (value, source) in group.iter().zip(source) {
+                                assert!(source.abs() >= least || *value == 0.0, "{format}");
+                            }
+                            if bits == 16 {
+                                assert_eq!(group.iter().filter(|v| **v != 0.0).count(), n.min(source.len()));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        // Any weights of a row: as many zeros as the sparsity says, and fewer bytes.
+        let format = LayerFormat::quantized(8, 32, true).with_sparsity(0.6);
+        let packed = Rtn.compress(&source, rows, cols, &format).unwrap();
+        assert_eq!(packed.layout.format.name(), "q8g32s-b40");
+        for row in packed.dequantize().chunks(cols) {
+            assert_eq!(row.iter().filter(|v| **v == 0.0).count(), 42);
+        }
+        let dense = Rtn.compress(&source, rows, cols, &LayerFormat::quantized(8, 32, true)).unwrap();
+        assert!(packed.bytes() < dense.bytes());
+        // Asymmetric: what is not stored is zero, and nothing else need be.
+        let format = LayerFormat { symmetric: false, ..format };
+        let packed = Rtn.compress(&source, rows, cols, &format).unwrap();
+        for row in packed.dequantize().chunks(cols) {
+            assert_eq!(row.iter().filter(|v| **v != 0.0).count(), 28);
+        }
+    }
+
+    #[test]
     fn dense_formats_are_the_kernels_rounding() {
         let format = LayerFormat::quantized(4, 64, false);
         let source = values(2 * 100);
@@ -123,7 +179,7 @@ mod tests {
     #[test]
     fn equal_magnitudes_go_in_order() {
         let mut row = [1.0f32, -1.0, 1.0, -1.0];
-        prune_row(&mut row, 2);
+        prune(&mut row, 2);
         assert_eq!(row, [0.0, 0.0, 1.0, -1.0]);
     }
 }

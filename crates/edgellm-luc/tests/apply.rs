@@ -3,17 +3,18 @@
 use std::path::Path;
 
 use burn::tensor::Device;
+use edgellm_kernels::Arrangement;
 use edgellm_luc::{Rtn, compress_decoder, compress_model, uniform_policy};
 use edgellm_model::config::ModelConfig;
-use edgellm_model::decoder::{Decoder, LoadOptions};
-use edgellm_model::files::ModelFiles;
+use edgellm_model::decoder::{Activations, Decoder, LoadOptions};
+use edgellm_model::files::{ModelFiles, packed_names};
 use edgellm_model::generate::to_vec;
 use edgellm_model::testing::{decoder_of, tiny_config, tiny_model_dir, write_model_dir};
-use edgellm_model::values::{CompressionPolicy, Granularity, LayerFormat, Projection, Unit, UnitPolicy};
+use edgellm_model::values::{CompressionPolicy, Granularity, LayerFormat, Pattern, Projection, Unit, UnitPolicy};
 use serde_json::json;
 
 fn load(files: &ModelFiles) -> Decoder {
-    Decoder::load(files, &LoadOptions { device: Device::flex(), expand: false }).unwrap()
+    Decoder::load(files, &LoadOptions { device: Device::flex(), expand: false, activations: Activations::F32 }).unwrap()
 }
 
 fn logits(decoder: &Decoder) -> Vec<f32> {
@@ -27,7 +28,7 @@ fn check(config: &ModelConfig, policy: &CompressionPolicy) -> f64 {
     write_model_dir(&source, config, 7).unwrap();
     let files = ModelFiles::open(&source).unwrap();
     let in_memory = compress_decoder(&load(&files), policy, &Rtn).unwrap();
-    let applied = compress_model(&files, policy, &Rtn, &target, false, &mut |_| {}).unwrap();
+    let applied = compress_model(&files, policy, &Rtn, Arrangement::Rows, &target, false, &mut |_| {}).unwrap();
     let reopened = ModelFiles::open(&target).unwrap();
     let reloaded = load(&reopened);
     let (a, b) = (logits(&in_memory), logits(&reloaded));
@@ -61,6 +62,64 @@ fn every_format_reloads_bit_for_bit() {
 }
 
 #[test]
+fn sparse_formats_store_the_kept_weights_and_reload_bit_for_bit() {
+    let config = tiny_config(json!({}));
+    for bits in [2, 3, 4, 5, 6, 8] {
+        for symmetric in [true, false] {
+            let dense = LayerFormat::quantized(bits, 64, symmetric);
+            for pattern in [Pattern::TwoFour, Pattern::FourEight] {
+                let found = check(&config, &uniform_policy(config.n_layers, dense.with_n_of_m(pattern)).unwrap());
+                // Half of the codes, a bit of mask, and the scales; rows that are no multiple of 64 are padded.
+                let exact = f64::from(bits) / 2.0 + 1.0 + if symmetric { 0.25 } else { 0.5 };
+                assert!(found >= exact && found < exact + 0.5, "{bits} bits, {pattern}: {found} bits per weight");
+            }
+            if bits > 2 {
+                let format = LayerFormat { symmetric, ..dense.with_sparsity(0.6) };
+                let found = check(&config, &uniform_policy(config.n_layers, format).unwrap());
+                assert!(found < f64::from(bits), "{format}: {found} bits per weight");
+            }
+        }
+    }
+}
+
+/// What is on disk says how it is stored, and a damaged mask is an error when the tensor is read.
+#[test]
+fn sparse_tensors_are_named_and_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
+    tiny_model_dir(&source, 1).unwrap();
+    let format = LayerFormat::quantized(4, 32, true);
+    let mut policy = uniform_policy(4, format.with_n_of_m(Pattern::TwoFour)).unwrap();
+    policy.units[1].format = format.with_sparsity(0.6);
+    policy.units[2].format = format.with_sparsity(0.1);
+    let files = ModelFiles::open(&source).unwrap();
+    compress_model(&files, &policy, &Rtn, Arrangement::Rows, &target, false, &mut |_| {}).unwrap();
+    let reopened = ModelFiles::open(&target).unwrap();
+    let name = |block| Projection::Q.weight_name(block);
+    let stored = |block| reopened.layout(&name(block)).unwrap().format.name();
+    assert_eq!([stored(0), stored(1), stored(2)], ["q4g32s-b40", "q4g32s", "q4g32s-2:4"]);
+    let zeros = |block| {
+        let values = reopened.matrix(&name(block)).unwrap().dequantize();
+        values.iter().filter(|v| **v == 0.0).count() as f64 / values.len() as f64
+    };
+    assert!(zeros(0) > 0.58 && zeros(1) > 0.08 && zeros(2) >= 0.5);
+    drop(reopened);
+
+    let (codes, _) = packed_names(&name(2));
+    let weights = target.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
+    let offset = header[&codes]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[8 + header_len + offset] ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    let damaged = ModelFiles::open(&target).unwrap();
+    let error = damaged.matrix(&name(2)).unwrap_err().to_string();
+    assert!(error.contains(&name(2)) && error.contains("expected 2 kept columns from 0 to 4"), "{error}");
+    assert!(damaged.matrix(&name(3)).is_ok());
+}
+
+#[test]
 fn f32_changes_nothing() {
     let config = tiny_config(json!({}));
     let decoder = decoder_of(&config, 7, &Device::flex());
@@ -81,9 +140,9 @@ fn pruned_and_mixed_units_with_ragged_rows_and_an_own_head() {
         LayerFormat::float(16),
         LayerFormat::quantized(5, 32, false),
         LayerFormat::float(16).with_sparsity(0.25),
-        LayerFormat::quantized(8, 128, true),
+        LayerFormat::quantized(8, 128, false).with_n_of_m(Pattern::FourEight),
         LayerFormat::float(32),
-        LayerFormat::float(16),
+        LayerFormat::float(16).with_n_of_m(Pattern::TwoFour),
     ];
     let mut policy = uniform_policy(0, LayerFormat::quantized(6, 64, false)).unwrap();
     policy.granularity = Granularity::Linear;
@@ -110,16 +169,16 @@ fn a_compressed_model_can_be_compressed_again() {
     tiny_model_dir(&source, 1).unwrap();
     let policy = |bits| uniform_policy(4, LayerFormat::quantized(bits, 32, false)).unwrap();
     let files = ModelFiles::open(&source).unwrap();
-    compress_model(&files, &policy(8), &Rtn, &eight, false, &mut |_| {}).unwrap();
+    compress_model(&files, &policy(8), &Rtn, Arrangement::Rows, &eight, false, &mut |_| {}).unwrap();
     let files = ModelFiles::open(&eight).unwrap();
-    compress_model(&files, &policy(4), &Rtn, &four, false, &mut |_| {}).unwrap();
+    compress_model(&files, &policy(4), &Rtn, Arrangement::Rows, &four, false, &mut |_| {}).unwrap();
     let expected = compress_decoder(&load(&files), &policy(4), &Rtn).unwrap();
     assert_eq!(logits(&expected), logits(&load(&ModelFiles::open(&four).unwrap())));
 }
 
 fn refused(policy: &CompressionPolicy, source: &Path, target: &Path, force: bool) -> String {
     let files = ModelFiles::open(source).unwrap();
-    compress_model(&files, policy, &Rtn, target, force, &mut |_| {}).unwrap_err().to_string()
+    compress_model(&files, policy, &Rtn, Arrangement::Rows, target, force, &mut |_| {}).unwrap_err().to_string()
 }
 
 #[test]
@@ -140,7 +199,7 @@ fn what_is_there_stays_unless_it_is_a_compressed_model_and_forced() {
     std::fs::remove_file(target.join("thesis.txt")).unwrap();
     for bits in [4, 2] {
         let policy = uniform_policy(4, LayerFormat::quantized(bits, 32, false)).unwrap();
-        compress_model(&files, &policy, &Rtn, &target, true, &mut |_| {}).unwrap();
+        compress_model(&files, &policy, &Rtn, Arrangement::Rows, &target, true, &mut |_| {}).unwrap();
         assert_eq!(ModelFiles::open(&target).unwrap().quantization().unwrap().policy.as_ref(), Some(&policy));
     }
     let mut names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -178,9 +237,35 @@ fn progress_reaches_the_end() {
     let policy = uniform_policy(4, LayerFormat::quantized(4, 32, false)).unwrap();
     let mut seen = Vec::new();
     let files = ModelFiles::open(&source).unwrap();
-    compress_model(&files, &policy, &Rtn, &folder.path().join("t"), false, &mut |p| seen.push((p.done, p.total)))
-        .unwrap();
+    compress_model(&files, &policy, &Rtn, Arrangement::Rows, &folder.path().join("t"), false, &mut |p| {
+        seen.push((p.done, p.total))
+    })
+    .unwrap();
     assert_eq!(seen.first().unwrap().0, 0);
     assert!(seen.windows(2).all(|pair| pair[0].0 < pair[1].0));
     assert_eq!(seen.last().unwrap().0, seen.last().unwrap().1);
+}
+
+#[test]
+fn a_prepared_directory_is_the_same_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    tiny_model_dir(&source, 1).unwrap();
+    let files = ModelFiles::open(&source).unwrap();
+    for format in [LayerFormat::quantized(3, 32, false), LayerFormat::quantized(8, 64, true)] {
+        let policy = uniform_policy(files.config().n_layers, format).unwrap();
+        let open = |name: &str, arrangement| {
+            let target = folder.path().join(format!("{name}{}", format.bit_width));
+            compress_model(&files, &policy, &Rtn, arrangement, &target, false, &mut |_| {}).unwrap();
+            ModelFiles::open(&target).unwrap()
+        };
+        let (rows, panels) = (open("rows", Arrangement::Rows), open("panels", Arrangement::Panels));
+        for name in rows.names() {
+            if rows.shape(name).unwrap().len() == 2 {
+                let (rows, panels) = (rows.matrix(name).unwrap(), panels.matrix(name).unwrap());
+                assert_eq!(panels.layout.arrangement, Arrangement::Panels, "{name}");
+                assert_eq!(rows.prepare().unwrap(), panels, "{name}");
+            }
+        }
+    }
 }

@@ -129,6 +129,11 @@ fn the_paper_prunes_blocks_to_the_mean() {
         assert!((found - expected).abs() < 1e-12, "{sparsity:?}");
     }
     assert!(policy.units.iter().all(|u| u.format.symmetric == (u.format.sparsity > 0.0)));
+    // Pruned units are stored sparse, and cost what that costs.
+    let names: Vec<String> = policy.units.iter().map(|u| u.format.packed().unwrap().name()).collect();
+    assert!(names[1].ends_with("-b60") && names[2].ends_with("-b50"), "{names:?}");
+    let dense = Paper { target_sparsity: 0.0, ..paper }.solve(&m, &Budget::default()).unwrap();
+    assert!(policy_cost(&m, &policy).unwrap().bytes < policy_cost(&m, &dense).unwrap().bytes);
     let unmeasured = measurement(option_grid(&[4], &[32], &[]).unwrap(), &[&[0.1], &[0.2]]);
     assert!(paper.solve(&unmeasured, &Budget::default()).unwrap_err().to_string().contains("sparsity"));
 }

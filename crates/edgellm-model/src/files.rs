@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use edgellm_kernels::{Format, PackedHost, PackedLayout};
+use edgellm_kernels::{Arrangement, Format, PackedHost, PackedLayout};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -33,6 +33,20 @@ pub struct PackedTensor {
     pub format: Format,
     /// Rows and columns.
     pub shape: [usize; 2],
+    /// In which order its words lie.
+    #[serde(default, skip_serializing_if = "is_rows")]
+    pub arrangement: Arrangement,
+}
+
+fn is_rows(arrangement: &Arrangement) -> bool {
+    *arrangement == Arrangement::Rows
+}
+
+impl PackedTensor {
+    /// The tensor of a layout.
+    pub fn of(layout: PackedLayout) -> Self {
+        PackedTensor { format: layout.format, shape: [layout.rows, layout.cols], arrangement: layout.arrangement }
+    }
 }
 
 /// `quantization_config` of a compressed directory.
@@ -195,21 +209,29 @@ impl ModelFiles {
         let &[rows, cols] = shape.as_slice() else {
             return Err(ModelError::tensor(&self.path, name, "a matrix", format!("shape {shape:?}")));
         };
-        PackedLayout::new(rows, cols, format).map_err(|source| self.packed_error(name, source))
+        let layout = PackedLayout::new(rows, cols, format).map_err(|source| self.packed_error(name, source))?;
+        Ok(PackedLayout {
+            arrangement: self.packed(name).map_or(Arrangement::Rows, |packed| packed.arrangement),
+            ..layout
+        })
     }
 
     /// A matrix, in the format that it has on disk or the one that holds it without loss. Its bytes share the map
     /// where they can be used as they are.
     ///
     /// # Errors
-    /// There is no such tensor, or it is no matrix of a supported type.
+    /// There is no such tensor, it is no matrix of a supported type, or it is sparse and a mask is not what its format
+    /// asks for.
     pub fn matrix(&self, name: &str) -> Result<PackedHost> {
         let layout = self.layout(name)?;
         let failed = |source| self.packed_error(name, source);
         match &self.source {
             Source::Directory(tensors) if self.packed(name).is_some() => {
                 let (codes, scales) = packed_names(name);
-                PackedHost::from_parts(layout, tensors.bytes(&codes)?, tensors.bytes(&scales)?).map_err(failed)
+                let packed = PackedHost::from_parts(layout, tensors.bytes(&codes)?, tensors.bytes(&scales)?);
+                let packed = packed.map_err(failed)?;
+                packed.check().map_err(failed)?;
+                Ok(packed)
             }
             Source::Directory(tensors) => {
                 PackedHost::from_raw_floats(layout, tensors.bytes(self.file_name(name)?)?).map_err(failed)
@@ -424,11 +446,16 @@ fn check_packed(tensors: &Safetensors, name: &str, packed: &PackedTensor) -> Res
     if layout.format.quantized().is_none() {
         return Err(ModelError::tensor(tensors.path(), name, "a quantized format", layout.format));
     }
+    let layout = PackedLayout { arrangement: packed.arrangement, ..layout };
+    if packed.arrangement == Arrangement::Panels && layout.prepared() != layout {
+        let expected = "a format that has an arrangement in panels";
+        return Err(ModelError::tensor(tensors.path(), name, expected, layout.format));
+    }
     let (codes, scales) = packed_names(name);
-    for (part, width) in [(codes, layout.row_words()), (scales, layout.row_scale_words())] {
+    for (part, shape) in [(codes, layout.words_shape()), (scales, layout.scales_shape())] {
         let entry = tensors.entry(&part)?;
-        if entry.dtype != Dtype::U32 || entry.shape != [rows, width] {
-            let expected = format!("U32 [{rows}, {width}], as its format {} asks for", layout.format);
+        if entry.dtype != Dtype::U32 || entry.shape != shape {
+            let expected = format!("U32 {shape:?}, as its format {} asks for", layout.format);
             return Err(ModelError::tensor(
                 tensors.path(),
                 &part,

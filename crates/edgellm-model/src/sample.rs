@@ -120,12 +120,7 @@ pub fn argmax(values: &[f32]) -> usize {
 
 /// Replaces logits by log-probabilities: `x - log sum exp x`, summed in f64.
 pub fn log_softmax(values: &mut [f32]) {
-    let top = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = values.iter().map(|v| f64::from(v - top).exp()).sum();
-    let log_sum = f64::from(top) + sum.ln();
-    for value in values {
-        *value = (f64::from(*value) - log_sum) as f32;
-    }
+    edgellm_kernels::log_softmax_row(values);
 }
 
 #[cfg(test)]

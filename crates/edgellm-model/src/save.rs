@@ -3,6 +3,7 @@
 //! The directory is built beside its place and takes it at the end. Matrices are written one by one, in the format
 //! that was announced; vectors, configuration, tokenizer and chat template come from the source model.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -48,28 +49,59 @@ impl ModelWriter {
         policy: Option<CompressionPolicy>,
         mut format_of: impl FnMut(&str, PackedLayout) -> Format,
     ) -> Result<Self> {
-        let dir = AtomicDir::create(target)?;
         let mut layouts = BTreeMap::new();
-        let mut vectors = Vec::new();
-        let mut specs = Vec::new();
+        let mut vectors = BTreeMap::new();
         for name in source.names() {
             if source.shape(name)?.len() == 1 {
-                let values = source.vector(name)?;
-                specs.push(TensorSpec::new(name, Dtype::F32, [values.len()]));
-                vectors.push((name, values));
+                vectors.insert(name.to_owned(), source.vector(name)?);
                 continue;
             }
             let found = source.layout(name)?;
-            let layout = PackedLayout::new(found.rows, found.cols, format_of(name, found))?;
-            specs.extend(matrix_specs(name, layout));
-            layouts.insert(name.to_owned(), layout);
+            layouts.insert(name.to_owned(), PackedLayout::new(found.rows, found.cols, format_of(name, found))?);
         }
-        let config = config_json(source.config(), &layouts, policy);
-        write(&dir, "config.json", pretty(&config).as_bytes())?;
-        write_side_files(&dir, source)?;
+        let writer = Self::start(target, source.config(), policy, layouts, &vectors)?;
+        write_side_files(&writer.dir, source)?;
+        Ok(writer)
+    }
+
+    /// Starts a model that has no source: `layouts` are its matrices, which are to be written, `vectors` its other
+    /// tensors. Tokenizer and chat template are copied from the directory `tokenizer`.
+    ///
+    /// # Errors
+    /// A layout does not exist, or the directory cannot be written.
+    pub fn create_new(
+        target: &Path,
+        config: &ModelConfig,
+        tokenizer: &Path,
+        layouts: BTreeMap<String, PackedLayout>,
+        vectors: &BTreeMap<String, Vec<f32>>,
+    ) -> Result<Self> {
+        let writer = Self::start(target, config, None, layouts, vectors)?;
+        copy_side_files(&writer.dir, tokenizer)?;
+        Ok(writer)
+    }
+
+    fn start(
+        target: &Path,
+        config: &ModelConfig,
+        policy: Option<CompressionPolicy>,
+        layouts: BTreeMap<String, PackedLayout>,
+        vectors: &BTreeMap<String, Vec<f32>>,
+    ) -> Result<Self> {
+        let mut specs = BTreeMap::new();
+        for (name, layout) in &layouts {
+            layout.check()?;
+            specs.insert(name, matrix_specs(name, *layout));
+        }
+        for (name, values) in vectors {
+            specs.insert(name, vec![TensorSpec::new(name, Dtype::F32, [values.len()])]);
+        }
+        let specs: Vec<TensorSpec> = specs.into_values().flatten().collect();
+        let dir = AtomicDir::create(target)?;
+        write(&dir, "config.json", pretty(&config_json(config, &layouts, policy)).as_bytes())?;
         let mut weights = SafetensorsWriter::create(&dir.path().join("model.safetensors"), &specs)?;
         for (name, values) in vectors {
-            weights.write(name, bytemuck::cast_slice(&values))?;
+            weights.write(name, bytemuck::cast_slice(values))?;
         }
         Ok(Self { dir, weights, layouts })
     }
@@ -84,28 +116,36 @@ impl ModelWriter {
     /// # Errors
     /// It was not announced, has another layout, is written already, or cannot be written.
     pub fn write(&mut self, name: &str, matrix: &PackedHost) -> Result<()> {
-        let Some(&layout) = self.layouts.get(name) else {
-            return Err(ModelError::tensor(
-                self.dir.path(),
-                name,
-                "one of the source model's matrices",
-                "another name",
-            ));
-        };
+        let layout = self.layout(name)?;
         if matrix.layout != layout {
             return Err(ModelError::tensor(self.dir.path(), name, layout.to_string(), matrix.layout));
         }
-        if layout.format.quantized().is_some() {
-            let (codes, scales) = packed_names(name);
-            self.weights.write(&codes, &matrix.words)?;
-            return self.weights.write(&scales, &matrix.scales);
+        for (part, content) in parts(name, matrix) {
+            self.weights.write(&part, &content)?;
         }
-        let (padded, row) = (layout.row_words() * 4, layout.cols * element_bytes(layout.format));
-        if padded == row {
-            return self.weights.write(name, &matrix.words);
+        Ok(())
+    }
+
+    /// Writes the next rows of a matrix, for matrices that are not held whole.
+    ///
+    /// # Errors
+    /// The matrix was not announced, has another layout or fewer rows left, or cannot be written.
+    pub fn append(&mut self, name: &str, rows: &PackedHost) -> Result<()> {
+        let expected = self.layout(name)?.with_rows(rows.layout.rows);
+        if rows.layout != expected {
+            return Err(ModelError::tensor(self.dir.path(), name, expected.to_string(), rows.layout));
         }
-        let content: Vec<u8> = matrix.words.chunks_exact(padded).flat_map(|r| &r[..row]).copied().collect();
-        self.weights.write(name, &content)
+        for (part, content) in parts(name, rows) {
+            self.weights.append(&part, &content)?;
+        }
+        Ok(())
+    }
+
+    fn layout(&self, name: &str) -> Result<PackedLayout> {
+        self.layouts
+            .get(name)
+            .copied()
+            .ok_or_else(|| ModelError::tensor(self.dir.path(), name, "one of the model's matrices", "another name"))
     }
 
     /// Puts the directory in its place, over an existing one only with `replace`.
@@ -116,6 +156,22 @@ impl ModelWriter {
         self.weights.finish()?;
         self.dir.commit(replace)
     }
+}
+
+/// The tensors of a file that hold a matrix, with their bytes.
+fn parts<'m>(name: &str, matrix: &'m PackedHost) -> Vec<(String, Cow<'m, [u8]>)> {
+    let layout = matrix.layout;
+    let words = Cow::Borrowed(&matrix.words[..]);
+    if layout.format.quantized().is_some() {
+        let (codes, scales) = packed_names(name);
+        return vec![(codes, words), (scales, Cow::Borrowed(&matrix.scales[..]))];
+    }
+    let (padded, row) = (layout.row_words() * 4, layout.cols * element_bytes(layout.format));
+    if padded == row {
+        return vec![(name.to_owned(), words)];
+    }
+    let content: Vec<u8> = matrix.words.chunks_exact(padded).flat_map(|r| &r[..row]).copied().collect();
+    vec![(name.to_owned(), content.into())]
 }
 
 fn element_bytes(format: Format) -> usize {
@@ -131,8 +187,8 @@ fn matrix_specs(name: &str, layout: PackedLayout) -> Vec<TensorSpec> {
         Format::Quantized(_) => {
             let (codes, scales) = packed_names(name);
             vec![
-                TensorSpec::new(codes, Dtype::U32, [layout.rows, layout.row_words()]),
-                TensorSpec::new(scales, Dtype::U32, [layout.rows, layout.row_scale_words()]),
+                TensorSpec::new(codes, Dtype::U32, layout.words_shape()),
+                TensorSpec::new(scales, Dtype::U32, layout.scales_shape()),
             ]
         }
     }
@@ -147,7 +203,7 @@ fn config_json(
     let tensors: BTreeMap<String, PackedTensor> = layouts
         .iter()
         .filter(|(_, layout)| layout.format.quantized().is_some())
-        .map(|(name, l)| (name.clone(), PackedTensor { format: l.format, shape: [l.rows, l.cols] }))
+        .map(|(name, l)| (name.clone(), PackedTensor::of(*l)))
         .collect();
     config.remove("quantization_config");
     if !tensors.is_empty() {
@@ -170,15 +226,7 @@ fn config_json(
 
 /// Tokenizer, chat template and generation settings: copied from a directory, made from a GGUF file.
 fn write_side_files(dir: &AtomicDir, source: &ModelFiles) -> Result<()> {
-    let Some(gguf) = source.gguf() else {
-        for name in SIDE_FILES {
-            let from = source.path().join(name);
-            if from.is_file() {
-                fs::copy(&from, dir.path().join(name)).map_err(|e| ModelError::io_on("copy", &from, e))?;
-            }
-        }
-        return Ok(());
-    };
+    let Some(gguf) = source.gguf() else { return copy_side_files(dir, source.path()) };
     write(dir, "tokenizer.json", source.tokenizer()?.to_json()?.as_bytes())?;
     let mut config = gguf_tokens(gguf)?;
     config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
@@ -188,6 +236,16 @@ fn write_side_files(dir: &AtomicDir, source: &ModelFiles) -> Result<()> {
         config.insert("chat_template".into(), template.into());
     }
     write(dir, "tokenizer_config.json", pretty(&Value::Object(config)).as_bytes())
+}
+
+fn copy_side_files(dir: &AtomicDir, from: &Path) -> Result<()> {
+    for name in SIDE_FILES {
+        let from = from.join(name);
+        if from.is_file() {
+            fs::copy(&from, dir.path().join(name)).map_err(|e| ModelError::io_on("copy", &from, e))?;
+        }
+    }
+    Ok(())
 }
 
 fn pretty(value: &Value) -> String {

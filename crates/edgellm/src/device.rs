@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use burn::tensor::Device;
-use edgellm_model::decoder::LoadOptions;
+use edgellm_model::decoder::{Activations, LoadOptions};
 
 use crate::EdgeError;
 
@@ -62,9 +62,9 @@ impl DeviceChoice {
     ///
     /// # Errors
     /// See [`DeviceChoice::device`].
-    pub fn load_options(self) -> Result<LoadOptions, EdgeError> {
+    pub fn load_options(self, activations: Activations) -> Result<LoadOptions, EdgeError> {
         let expand = !matches!(self, DeviceChoice::Auto | DeviceChoice::Flex);
-        Ok(LoadOptions { device: self.device()?, expand })
+        Ok(LoadOptions { device: self.device()?, expand, activations })
     }
 }
 
@@ -133,6 +133,6 @@ mod tests {
             let error = choice.device().unwrap_err().to_string();
             assert!(error.contains(&format!("--features {}", choice.name())), "{error}");
         }
-        assert!(!DeviceChoice::Auto.load_options().unwrap().expand);
+        assert!(!DeviceChoice::Auto.load_options(Activations::Int8).unwrap().expand);
     }
 }

@@ -20,7 +20,7 @@
 //! # let path = folder.path().join("model");
 //! # edgellm::model::testing::tiny_model_dir(&path, 0)?;
 //! // A Hugging Face directory, a compressed directory or a GGUF file.
-//! let model = load_model(&path, &DeviceChoice::Auto.load_options()?)?;
+//! let model = load_model(&path, &DeviceChoice::Auto.load_options(Default::default())?)?;
 //!
 //! // Which parts of it suffer from fewer bits, and the best formats for 5 bits per weight.
 //! let text = model.tokenizer.encode("Some text to calibrate on.", false)?;

@@ -70,11 +70,20 @@ fn every_solver_and_granularity() {
     assert_eq!(names["kind"], "measurement");
     let uniform = b.json("plan --measurement m.json --solver uniform --bits 4 -o u.toml");
     assert_eq!(number(&uniform, "bits_per_weight"), 5.0);
+    let half = b.json("plan --measurement m.json --solver uniform --bits 4 --pattern 2:4 -o h.toml");
+    // Half of the codes, a bit of mask, 32 bits of scale and minimum for 32 weights, and padding.
+    assert!((4.0..4.5).contains(&number(&half, "bits_per_weight")), "{half}");
+    let pruned = "--pattern unstructured --target-sparsity 0.6";
+    let pruned = b.json(&format!("plan --measurement m.json --solver uniform --bits 4 {pruned} -o q.toml"));
+    assert_eq!(
+        (number(&pruned["units"][0], "sparsity"), &pruned["units"][0]["pattern"]),
+        (0.6, &"unstructured".into())
+    );
     let paper = b.json("plan --measurement m.json --solver paper --bits 3 --target-sparsity 0.3 -o p.json");
     assert!(paper["units"].as_array().unwrap().iter().any(|u| number(u, "sparsity") > 0.0));
     let size = b.json("plan --measurement m.json --target-size 120kB -o s.toml");
     assert!(number(&size, "bytes") <= 120e3);
-    for policy in ["u.toml", "p.json", "s.toml"] {
+    for policy in ["u.toml", "h.toml", "q.toml", "p.json", "s.toml"] {
         assert_eq!(b.json(&format!("inspect {policy}"))["kind"], "compression policy");
         b.ok(&format!("compress -m model --policy {policy} -o small --force"));
         b.ok("eval -m small --text text.txt --context 32 --windows 1");
@@ -88,6 +97,7 @@ fn exports_are_plain_directories_with_the_same_logits() {
     let b = Bench::new();
     let logits = |model: &str| {
         let args = ["run", "-m", model, "--raw", "-p", "The fox.", "-n", "0", "--dump-logits", "l.safetensors"];
+        let args = args.into_iter().chain(["--activations", "f32"]);
         succeeded(&b.output(args));
         std::fs::read(b.path("l.safetensors")).unwrap()
     };

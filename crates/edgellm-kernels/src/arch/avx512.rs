@@ -5,18 +5,23 @@
 
 use core::arch::x86_64::*;
 
+use super::avx2::Avx2;
 use super::rows::{self, Job, Lanes, Tokens};
 
-/// Proof that the processor has AVX-512 F and BW.
+/// Proof that the processor has AVX-512 F and BW, and AVX2 with FMA and F16C.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512(Avx2);
 
 impl Avx512 {
     pub(super) fn new() -> Option<Self> {
-        let has = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && super::avx2::Avx2::new().is_some();
-        has.then_some(Avx512(()))
+        let avx2 = Avx2::new()?;
+        let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+        has.then_some(Avx512(avx2))
+    }
+
+    /// AVX2, which comes with it.
+    pub(super) fn avx2(self) -> Avx2 {
+        self.0
     }
 
     pub(super) fn decode(self, job: Job, out: &mut [f32]) {

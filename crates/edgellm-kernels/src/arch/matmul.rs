@@ -80,6 +80,34 @@ impl<'a> ColumnsMut<'a> {
         ColumnsMut { start: data.as_mut_ptr(), rows, cols, stride, buffer: PhantomData }
     }
 
+    /// One row of these columns.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub(crate) fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: the row's elements lie in the buffer, and this value is the only access to them.
+        unsafe { core::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.cols) }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The first element.
+    pub(super) fn start(&self) -> *mut f32 {
+        self.start
+    }
+
+    /// Elements between rows.
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
     /// `self = factor * a * b`, or `self += factor * a * b`.
     ///
     /// # Panics

@@ -19,9 +19,12 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod ceiling;
+mod int8;
 pub(crate) mod matmul;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod pool;
 mod rows;
 mod scalar;
 
@@ -29,6 +32,8 @@ use core::sync::atomic::{AtomicU8, Ordering};
 
 use crate::error::{KernelError, Result};
 
+pub use ceiling::{Ceilings, measure_ceilings};
+pub(crate) use int8::{Attend, Elements, KEYS, Part, Task, Tokens8, softmax};
 pub(crate) use rows::{PackedRows, Tokens};
 
 /// An instruction set that row kernels are written for.
@@ -39,28 +44,38 @@ pub enum Isa {
     Scalar = 0,
     /// ARM's Advanced SIMD.
     Neon = 1,
+    /// Advanced SIMD with dot products of bytes.
+    NeonDot = 2,
+    /// Advanced SIMD with dot products and matrix products of bytes.
+    NeonI8mm = 3,
     /// AVX2 with FMA and F16C.
-    Avx2 = 2,
+    Avx2 = 4,
     /// AVX-512 F and BW.
-    Avx512 = 3,
+    Avx512 = 5,
+    /// AVX-512 with VNNI.
+    Avx512Vnni = 6,
 }
 
 impl Isa {
     /// Every instruction set, slowest first.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 7] =
+        [Isa::Scalar, Isa::Neon, Isa::NeonDot, Isa::NeonI8mm, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni];
 
     /// Those of this processor and build, slowest first.
     pub fn available() -> Vec<Isa> {
         Isa::ALL.into_iter().filter(|&isa| Kernel::new(isa).is_some()).collect()
     }
 
-    /// `scalar`, `neon`, `avx2` or `avx512`.
+    /// `scalar`, `neon`, `neon+dotprod`, `neon+i8mm`, `avx2`, `avx512` or `avx512vnni`.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Neon => "neon",
+            Isa::NeonDot => "neon+dotprod",
+            Isa::NeonI8mm => "neon+i8mm",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512vnni",
         }
     }
 }
@@ -77,10 +92,16 @@ pub(crate) enum Kernel {
     Scalar(scalar::Scalar),
     #[cfg(target_arch = "aarch64")]
     Neon(neon::Neon),
+    #[cfg(target_arch = "aarch64")]
+    NeonDot(int8::neon::NeonDot),
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm(int8::neon::NeonI8mm),
     #[cfg(target_arch = "x86_64")]
     Avx2(avx2::Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(int8::avx512::Avx512Vnni),
 }
 
 /// No choice has been made yet.
@@ -94,10 +115,16 @@ impl Kernel {
             Isa::Scalar => Some(Kernel::Scalar(scalar::Scalar)),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => neon::Neon::new().map(Kernel::Neon),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => int8::neon::NeonDot::new().map(Kernel::NeonDot),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => int8::neon::NeonI8mm::new().map(Kernel::NeonI8mm),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::Avx2::new().map(Kernel::Avx2),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512::Avx512::new().map(Kernel::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => int8::avx512::Avx512Vnni::new().map(Kernel::Avx512Vnni),
             #[allow(unreachable_patterns)]
             _ => None,
         }
@@ -120,12 +147,43 @@ impl Kernel {
             Kernel::Scalar(_) => Isa::Scalar,
             #[cfg(target_arch = "aarch64")]
             Kernel::Neon(_) => Isa::Neon,
+            #[cfg(target_arch = "aarch64")]
+            Kernel::NeonDot(_) => Isa::NeonDot,
+            #[cfg(target_arch = "aarch64")]
+            Kernel::NeonI8mm(_) => Isa::NeonI8mm,
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2(_) => Isa::Avx2,
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx512(_) => Isa::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512Vnni(_) => Isa::Avx512Vnni,
         }
     }
+}
+
+/// Runs plain code compiled for the active instruction set, so that the compiler vectorizes its loops with it.
+pub(crate) fn vectorized<R>(kernel: Kernel, f: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+        fn avx512<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn avx2<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        match kernel {
+            // SAFETY: the variant proves the instruction sets.
+            Kernel::Avx512Vnni(_) => return unsafe { avx512(f) },
+            // SAFETY: the variants prove AVX2, FMA and F16C.
+            Kernel::Avx2(_) | Kernel::Avx512(_) => return unsafe { avx2(f) },
+            Kernel::Scalar(_) => {}
+        }
+    }
+    // Elsewhere the baseline has vectors.
+    let _ = kernel;
+    f()
 }
 
 /// The instruction set in use: the best of this processor, unless [`force_isa`] chose another.

@@ -5,6 +5,8 @@
 //! scaled, `w = q * scale + min`, with one rounding. A symmetric format's minimum is `-scale * 2^(b - 1)`, exactly.
 //! Scales of a row are converted to floats before its codes are read.
 //!
+//! Formats without a row kernel (the sparse ones) are decoded with their scalar codec, and dotted as rows of floats.
+//!
 //! A unit's load may read up to [`OVERREAD`] bytes beyond its block. Blocks are read in place where those bytes
 //! exist in the matrix; the few others, and the last block of a ragged row of floats, are copied to the stack first.
 
@@ -52,15 +54,28 @@ impl<'a> PackedRows<'a> {
         assert!(rows.end <= self.layout.rows && blocks.start < blocks.end, "rows {rows:?}, blocks {blocks:?}");
         assert!(blocks.end <= self.layout.cols.div_ceil(BLOCK), "blocks {blocks:?} of {}", self.layout);
         assert_eq!(out.len(), rows.len() * blocks.len() * BLOCK, "decoded rows");
+        if !has_kernel(self.layout.format) {
+            for (row, out) in rows.zip(out.chunks_exact_mut(blocks.len() * BLOCK)) {
+                let (words, scales) = self.row(row);
+                self.layout.format.codec().decode_blocks(self.layout.cols, words, scales, blocks.clone(), out);
+            }
+            return;
+        }
         let job = Job { matrix: *self, rows, blocks };
         match kernel {
             Kernel::Scalar(isa) => isa.decode(job, out),
             #[cfg(target_arch = "aarch64")]
             Kernel::Neon(isa) => isa.decode(job, out),
+            #[cfg(target_arch = "aarch64")]
+            Kernel::NeonDot(isa) => isa.rows().decode(job, out),
+            #[cfg(target_arch = "aarch64")]
+            Kernel::NeonI8mm(isa) => isa.rows().decode(job, out),
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2(isa) => isa.decode(job, out),
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx512(isa) => isa.decode(job, out),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512Vnni(isa) => isa.rows().decode(job, out),
         }
     }
 
@@ -72,16 +87,46 @@ impl<'a> PackedRows<'a> {
         assert!(rows.end <= self.layout.rows, "rows {rows:?} of {}", self.layout);
         assert_eq!(x.cols, self.layout.cols, "width of the tokens");
         assert_eq!(out.len(), rows.len() * x.count, "products");
+        if !has_kernel(self.layout.format) {
+            let floats = PackedLayout { rows: 1, format: Format::F32, ..self.layout };
+            let mut buffer = vec![0.0f32; self.layout.cols];
+            for (row, out) in rows.zip(out.chunks_exact_mut(x.count)) {
+                let (words, scales) = self.row(row);
+                self.layout.format.codec().decode(words, scales, &mut buffer);
+                PackedRows::new(floats, bytemuck::cast_slice(&buffer), &[]).dot(kernel, 0..1, x, out);
+            }
+            return;
+        }
         let job = Job { matrix: *self, rows, blocks: 0..self.layout.cols.div_ceil(BLOCK) };
         match kernel {
             Kernel::Scalar(isa) => isa.dot(job, x, out),
             #[cfg(target_arch = "aarch64")]
             Kernel::Neon(isa) => isa.dot(job, x, out),
+            #[cfg(target_arch = "aarch64")]
+            Kernel::NeonDot(isa) => isa.rows().dot(job, x, out),
+            #[cfg(target_arch = "aarch64")]
+            Kernel::NeonI8mm(isa) => isa.rows().dot(job, x, out),
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2(isa) => isa.dot(job, x, out),
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx512(isa) => isa.dot(job, x, out),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512Vnni(isa) => isa.rows().dot(job, x, out),
         }
+    }
+
+    /// Words and scales of a row.
+    fn row(&self, row: usize) -> (&'a [u32], &'a [u32]) {
+        let (words, scales) = (self.row_words, self.row_scale_words);
+        (&self.words[row * words..(row + 1) * words], &self.scales[row * scales..(row + 1) * scales])
+    }
+}
+
+/// Whether the row kernels read a format.
+fn has_kernel(format: Format) -> bool {
+    match format {
+        Format::F32 | Format::F16 | Format::BF16 => true,
+        Format::Quantized(q) => !q.is_sparse(),
     }
 }
 

@@ -9,9 +9,10 @@ use core::ops::Range;
 
 use rayon::prelude::*;
 
-use super::exp::exp;
+use super::pointwise::sum;
 use super::{Float, dense, dims, float, slice};
 use crate::arch::matmul::{ColumnsMut, MatRef};
+use crate::arch::{Kernel, softmax, vectorized};
 use crate::ops::AttentionParams;
 
 /// Query rows of a task.
@@ -64,17 +65,14 @@ impl Shapes {
 
     /// Softmax of the visible scores of each row; zeros elsewhere.
     fn softmax(&self, first_row: usize, keys: &Range<usize>, scores: &mut [f32]) {
-        for (i, row) in scores.chunks_mut(keys.len()).enumerate() {
-            let visible = self.params.visible((first_row + i) % self.tokens);
-            let visible = visible.start - keys.start..visible.end - keys.start;
-            row[..visible.start].fill(0.0);
-            row[visible.end..].fill(0.0);
-            let row = &mut row[visible];
-            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            row.iter_mut().for_each(|s| *s = exp(*s - max));
-            let sum: f32 = row.iter().sum();
-            row.iter_mut().for_each(|s| *s /= sum);
-        }
+        vectorized(Kernel::active(), || {
+            for (i, row) in scores.chunks_mut(keys.len()).enumerate() {
+                let visible = self.params.visible((first_row + i) % self.tokens);
+                let visible = visible.start - keys.start..visible.end - keys.start;
+                let inverse = softmax(row, visible.clone());
+                row[visible].iter_mut().for_each(|weight| *weight *= inverse);
+            }
+        });
     }
 }
 
@@ -148,10 +146,12 @@ impl HeadGradient<'_> {
             ColumnsMut::whole(&mut p, n, width, width).product(q, k.t(), scale, false);
             self.s.softmax(tile * TILE, &keys, &mut p);
             ColumnsMut::whole(&mut ds, n, width, width).product(d_out, v.t(), 1.0, false);
-            for (p, ds) in p.chunks(width).zip(ds.chunks_mut(width)) {
-                let dot: f32 = p.iter().zip(ds.iter()).map(|(p, d)| p * d).sum();
-                ds.iter_mut().zip(p).for_each(|(d, p)| *d = (*d - dot) * p);
-            }
+            vectorized(Kernel::active(), || {
+                for (p, ds) in p.chunks(width).zip(ds.chunks_mut(width)) {
+                    let dot = sum(width, |i| p[i] * ds[i]);
+                    ds.iter_mut().zip(p).for_each(|(d, p)| *d = (*d - dot) * p);
+                }
+            });
             let (p, ds) = (MatRef::new(&p, n, width, width), MatRef::new(&ds, n, width, width));
             let part = keys.start * dim..keys.end * dim;
             ColumnsMut::whole(dq, n, dim, dim).product(ds, k, scale, false);

@@ -6,7 +6,7 @@
 
 /// `e^x` for finite `x`, with a relative error below 3e-7; at most about `1.7e38`.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: the sum's low mantissa bits are the rounded integer
     let x = x.clamp(-87.3, 88.0);
     let shifted = x * core::f32::consts::LOG2_E + MAGIC;

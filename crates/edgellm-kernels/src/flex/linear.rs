@@ -11,9 +11,10 @@ use core::ops::Range;
 
 use rayon::prelude::*;
 
+use super::integer::{self, Product};
 use super::{Float, Packed, TASK, dense, dims, float, for_chunks, slice};
 use crate::arch::matmul::{ColumnsMut, MatRef};
-use crate::arch::{Kernel, PackedRows, Tokens};
+use crate::arch::{Kernel, PackedRows, Part, Tokens, Tokens8};
 use crate::format::BLOCK;
 
 /// Most tokens for which rows are dotted directly.
@@ -29,21 +30,33 @@ pub(super) fn forward(x: Float, w: &Packed) -> Float {
     let x = dense(x);
     let x = slice::<f32>(&x);
     let mut out = vec![0.0; tokens * rows];
-    match tokens {
+    match w.panels() {
+        Some(matrix) => {
+            let x = Tokens8::new(Kernel::active(), x, cols);
+            integer::multiply(&x, Part::Forward, [Product { matrix, out: &mut out }], false);
+        }
+        None => multiply(x, w.rows(), &mut out),
+    }
+    float(out, [tokens, rows])
+}
+
+/// `out = x W^T`, `[tokens, rows]`, with activations in `f32`.
+pub(super) fn multiply(x: &[f32], w: PackedRows<'_>, out: &mut [f32]) {
+    let (rows, cols) = (w.layout().rows, w.layout().cols);
+    match x.len() / cols {
         0 => {}
-        1 => few(x, cols, w.rows(), &mut out),
-        2..=FEW => {
+        1 => few(x, cols, w, out),
+        tokens @ 2..=FEW => {
             let mut transposed = vec![0.0; rows * tokens];
-            few(x, cols, w.rows(), &mut transposed);
+            few(x, cols, w, &mut transposed);
             for (token, out) in out.chunks_mut(rows).enumerate() {
                 for (out, products) in out.iter_mut().zip(transposed.chunks(tokens)) {
                     *out = products[token];
                 }
             }
         }
-        _ => many(x, tokens, w.rows(), &mut out),
+        tokens => many(x, tokens, w, out),
     }
-    float(out, [tokens, rows])
 }
 
 /// `out` `[rows, tokens]`.
@@ -90,8 +103,13 @@ pub(super) fn backward(dy: Float, w: &Packed) -> Float {
     let [tokens, _] = dims(&dy);
     let dy = dense(dy);
     let dy = slice::<f32>(&dy);
+    let mut out = vec![0.0; tokens * w.layout.cols];
+    if let Some(matrix) = w.panels() {
+        let dy = Tokens8::new(Kernel::active(), dy, w.layout.rows);
+        integer::multiply(&dy, Part::Backward, [Product { matrix, out: &mut out }], false);
+        return float(out, [tokens, w.layout.cols]);
+    }
     let (kernel, w, layout) = (Kernel::active(), w.rows(), w.layout);
-    let mut out = vec![0.0; tokens * layout.cols];
     if tokens == 0 {
         return float(out, [tokens, layout.cols]);
     }

@@ -4,8 +4,11 @@
 //! No operator expands a whole packed matrix, or holds scores or logits of all tokens and heads at once.
 
 mod attention;
+mod block;
+mod cache;
 mod exp;
 mod head;
+mod integer;
 mod linear;
 mod pointwise;
 
@@ -14,9 +17,16 @@ use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{DType, Shape, TensorData};
 use rayon::prelude::*;
 
-use crate::arch::{Isa, Kernel, PackedRows};
-use crate::format::PackedLayout;
+use crate::arch::{Isa, Kernel, PackedRows, vectorized};
+use crate::format::{Arrangement, PackedLayout};
 use crate::ops::{AttentionParams, EdgeOps, defaults};
+use crate::panels::Panels;
+
+pub use block::{
+    BlockLinear, BlockScratch, BlockView, decoder_block, linear as linear_rows, log_softmax_row, rms_norm_rows,
+};
+pub use cache::{BlockCache, CacheType};
+pub(crate) use exp::exp;
 
 type Float = FloatTensor<Flex>;
 type Int = IntTensor<Flex>;
@@ -117,12 +127,18 @@ pub struct KernelInfo {
 pub fn kernels() -> Vec<KernelInfo> {
     let isa = Kernel::active().isa();
     [
-        ("packed_linear, 1 to 8 tokens", "rows decoded in registers and dotted"),
-        ("packed_linear, more tokens", "tiles of rows decoded, then gemm"),
-        ("packed_linear, gradient", "tiles of rows decoded, then gemm"),
+        ("packed_linear, prepared, 1 to 4 tokens", "codes unpacked in registers, integer dot products"),
+        ("packed_linear, prepared, more tokens", "panels unpacked, tiles of integer dot products"),
+        ("packed_linear, prepared, sparse", "kept codes expanded by their masks, integer dot products"),
+        ("packed_linear, prepared, gradient", "blocks rounded to 8 bits and transposed, integer dot products"),
+        ("packed_linear, f32 activations, 1 to 8 tokens", "rows decoded in registers and dotted"),
+        ("packed_linear, f32 activations, more tokens", "tiles of rows decoded, then gemm"),
+        ("packed_linear, f32 activations, gradient", "tiles of rows decoded, then gemm"),
         ("packed_embedding", "rows decoded"),
-        ("cross_entropy_head", "tiles of the vocabulary decoded, then gemm and softmax"),
-        ("attention", "tiles of queries, gemm and softmax"),
+        ("cross_entropy_head, prepared", "tiles of the vocabulary, integer dot products and softmax"),
+        ("cross_entropy_head, f32 activations", "tiles of the vocabulary decoded, then gemm and softmax"),
+        ("attention with a cache", "tiles of queries over f16, int8 or f32 keys and values"),
+        ("attention with gradients", "tiles of queries, gemm and softmax"),
         ("rms_norm, rope, swiglu", "one pass"),
     ]
     .into_iter()
@@ -131,19 +147,26 @@ pub fn kernels() -> Vec<KernelInfo> {
 }
 
 /// A packed matrix's tensors, contiguous.
-struct Packed {
-    layout: PackedLayout,
+#[derive(Debug)]
+pub(crate) struct Packed {
+    pub(crate) layout: PackedLayout,
     words: Int,
     scales: Int,
 }
 
 impl Packed {
-    fn new(words: Int, scales: Int, layout: PackedLayout) -> Self {
+    pub(crate) fn new(words: Int, scales: Int, layout: PackedLayout) -> Self {
         let contiguous = |t: Int| {
             assert_eq!(t.dtype(), DType::U32, "packed words");
             if t.as_slice::<u32>().is_some() { t } else { t.to_contiguous() }
         };
         Packed { layout, words: contiguous(words), scales: contiguous(scales) }
+    }
+
+    /// The matrix, if it is prepared.
+    fn panels(&self) -> Option<Panels<'_>> {
+        let prepared = self.layout.arrangement == Arrangement::Panels;
+        prepared.then(|| Panels::new(self.layout, slice::<u32>(&self.words), slice::<u32>(&self.scales)))
     }
 
     fn rows(&self) -> PackedRows<'_> {
@@ -158,6 +181,16 @@ impl Packed {
 
     /// Some rows, decoded.
     fn gather(&self, rows: &[usize]) -> Float {
+        if let Some(panels) = self.panels() {
+            let cols = self.layout.cols;
+            let mut out = vec![0.0; rows.len() * cols];
+            if rows.len() == 1 {
+                panels.decode_row(rows[0], &mut out);
+            } else {
+                out.par_chunks_mut(cols).zip(rows).for_each(|(out, &row)| panels.decode_row(row, out));
+            }
+            return float(out, [rows.len(), cols]);
+        }
         let (kernel, matrix, cols) = (Kernel::active(), self.rows(), self.layout.cols);
         let blocks = cols.div_ceil(crate::format::BLOCK);
         let mut out = vec![0.0; rows.len() * cols];
@@ -178,10 +211,11 @@ const TASK: usize = 1 << 15;
 
 /// Calls `f(i, chunk)` for every chunk of `out`; on this thread if there is only one.
 fn for_chunks(out: &mut [f32], size: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let kernel = Kernel::active();
     if out.len() <= size {
-        f(0, out);
+        vectorized(kernel, || f(0, out));
     } else {
-        out.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i, chunk));
+        out.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| vectorized(kernel, || f(i, chunk)));
     }
 }
 

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::exp::exp;
 use super::{Float, TASK, dense, dims, float, for_chunks, slice};
+use crate::arch::{Kernel, vectorized};
 
 pub(super) fn rms_norm(x: Float, weight: Float, eps: f64) -> Float {
     let [rows, width] = dims(&x);
@@ -26,6 +27,7 @@ pub(super) fn rms_norm_backward(x: Float, weight: Float, dy: Float, eps: f64) ->
     let [rows, width] = dims(&x);
     let (x, weight, dy) = (dense(x), dense(weight), dense(dy));
     let (x, weight, dy) = (slice::<f32>(&x), slice::<f32>(&weight), slice::<f32>(&dy));
+    let kernel = Kernel::active();
     let mut dx = vec![0.0; rows * width];
     let size = chunk_of(width);
     // Every chunk of rows sums its part of the weight's gradient; the parts are added in order.
@@ -35,15 +37,17 @@ pub(super) fn rms_norm_backward(x: Float, weight: Float, dy: Float, eps: f64) ->
         .zip(dy.par_chunks(size))
         .map(|((dx, x), dy)| {
             let mut dw = vec![0.0; width];
-            for ((dx, x), dy) in dx.chunks_mut(width).zip(x.chunks(width)).zip(dy.chunks(width)) {
-                let r = inverse_rms(x, eps);
-                let dot: f32 = sum(width, |i| dy[i] * weight[i] * x[i]);
-                let pull = dot * r * r / width as f32;
-                for i in 0..width {
-                    dx[i] = r * (weight[i] * dy[i] - x[i] * pull);
-                    dw[i] += dy[i] * x[i] * r;
+            vectorized(kernel, || {
+                for ((dx, x), dy) in dx.chunks_mut(width).zip(x.chunks(width)).zip(dy.chunks(width)) {
+                    let r = inverse_rms(x, eps);
+                    let dot: f32 = sum(width, |i| dy[i] * weight[i] * x[i]);
+                    let pull = dot * r * r / width as f32;
+                    for i in 0..width {
+                        dx[i] = r * (weight[i] * dy[i] - x[i] * pull);
+                        dw[i] += dy[i] * x[i] * r;
+                    }
                 }
-            }
+            });
             dw
         })
         .collect();
@@ -54,14 +58,15 @@ pub(super) fn rms_norm_backward(x: Float, weight: Float, dy: Float, eps: f64) ->
     (float(dx, [rows, width]), float(dw, [width]))
 }
 
-fn inverse_rms(x: &[f32], eps: f64) -> f32 {
+#[inline(always)]
+pub(super) fn inverse_rms(x: &[f32], eps: f64) -> f32 {
     let mean = sum(x.len(), |i| x[i] * x[i]) / x.len() as f32;
     1.0 / (mean + eps as f32).sqrt()
 }
 
 /// Sums with independent accumulators: vectorizes, and loses less than one running sum.
 #[inline(always)]
-fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     let mut sums = [0.0f32; 16];
     let whole = n / 16 * 16;
     for start in (0..whole).step_by(16) {
@@ -116,21 +121,24 @@ pub(super) fn swiglu_backward(gate: Float, up: Float, dy: Float) -> (Float, Floa
     let shape = gate.layout().shape().clone();
     let (gate, up, dy) = (dense(gate), dense(up), dense(dy));
     let (gate, up, dy) = (slice::<f32>(&gate), slice::<f32>(&up), slice::<f32>(&dy));
+    let kernel = Kernel::active();
     let (mut d_gate, mut d_up) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
     let outputs = d_gate.par_chunks_mut(TASK).zip(d_up.par_chunks_mut(TASK));
     let inputs = gate.par_chunks(TASK).zip(up.par_chunks(TASK)).zip(dy.par_chunks(TASK));
     outputs.zip(inputs).for_each(|((d_gate, d_up), ((gate, up), dy))| {
-        for i in 0..gate.len() {
-            let s = sigmoid(gate[i]);
-            d_up[i] = dy[i] * gate[i] * s;
-            d_gate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-        }
+        vectorized(kernel, || {
+            for ((((d_gate, d_up), gate), up), dy) in d_gate.iter_mut().zip(d_up).zip(gate).zip(up).zip(dy) {
+                let s = sigmoid(*gate);
+                *d_up = dy * gate * s;
+                *d_gate = dy * up * s * (1.0 + gate * (1.0 - s));
+            }
+        });
     });
     (float(d_gate, shape.clone()), float(d_up, shape))
 }
 
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
+pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 

@@ -25,9 +25,12 @@
 //! itself, and only values near its opposite are clipped, by at most one `scale`. A group of zeros has scale 0 and
 //! decodes to exact zeros.
 
+use core::ops::Range;
+
 use half::f16;
 
 use super::float::{decode_f16, finite};
+use super::sparse::{self, SparsePattern};
 use super::{Format, RowCodec};
 use crate::error::{KernelError, Result};
 
@@ -35,7 +38,7 @@ use crate::error::{KernelError, Result};
 pub(crate) const BLOCK: usize = 32;
 
 /// Bit widths that exist.
-const BIT_WIDTHS: [u8; 6] = [2, 3, 4, 5, 6, 8];
+pub(super) const BIT_WIDTHS: [u8; 6] = [2, 3, 4, 5, 6, 8];
 /// Group sizes that exist.
 const GROUP_SIZES: [u16; 4] = [16, 32, 64, 128];
 
@@ -59,15 +62,18 @@ pub struct QuantFormat {
     pub symmetric: bool,
     /// How scales are stored.
     pub scale_type: ScaleType,
+    /// Which weights are stored. Sparse patterns need a group size of 32, 64 or 128 and `f16` scales.
+    pub pattern: SparsePattern,
 }
 
 /// The members of this family: what compression offers, then what lossless import of GGML's K types needs.
 pub(super) fn members() -> Vec<Format> {
     let mut formats = Vec::new();
+    let pattern = SparsePattern::Dense;
     for bit_width in BIT_WIDTHS {
         for group_size in [32, 64, 128] {
             for symmetric in [true, false] {
-                formats.push(QuantFormat { bit_width, group_size, symmetric, scale_type: ScaleType::F16 });
+                formats.push(QuantFormat { bit_width, group_size, symmetric, scale_type: ScaleType::F16, pattern });
             }
         }
     }
@@ -75,18 +81,28 @@ pub(super) fn members() -> Vec<Format> {
     for (bit_width, group_size, symmetric) in
         [(2, 16, false), (3, 16, true), (4, 32, false), (5, 32, false), (6, 16, true)]
     {
-        formats.push(QuantFormat { bit_width, group_size, symmetric, scale_type: ScaleType::F32 });
+        formats.push(QuantFormat { bit_width, group_size, symmetric, scale_type: ScaleType::F32, pattern });
     }
     formats.into_iter().map(Format::Quantized).collect()
 }
 
 impl QuantFormat {
-    /// A checked format.
+    /// A checked dense format.
     ///
     /// # Errors
     /// [`KernelError::UnsupportedFormat`].
     pub fn new(bit_width: u8, group_size: u16, symmetric: bool, scale_type: ScaleType) -> Result<Self> {
-        let format = QuantFormat { bit_width, group_size, symmetric, scale_type };
+        let format = QuantFormat { bit_width, group_size, symmetric, scale_type, pattern: SparsePattern::Dense };
+        format.check()?;
+        Ok(format)
+    }
+
+    /// The checked format that stores only the weights of a pattern.
+    ///
+    /// # Errors
+    /// [`KernelError::UnsupportedFormat`], [`KernelError::UnsupportedPattern`].
+    pub fn with_pattern(self, pattern: SparsePattern) -> Result<Self> {
+        let format = QuantFormat { pattern, ..self };
         format.check()?;
         Ok(format)
     }
@@ -94,13 +110,23 @@ impl QuantFormat {
     /// Checks the numbers.
     ///
     /// # Errors
-    /// [`KernelError::UnsupportedFormat`].
+    /// [`KernelError::UnsupportedFormat`], [`KernelError::UnsupportedPattern`].
     pub fn check(&self) -> Result<()> {
-        if BIT_WIDTHS.contains(&self.bit_width) && GROUP_SIZES.contains(&self.group_size) {
+        if !BIT_WIDTHS.contains(&self.bit_width) || !GROUP_SIZES.contains(&self.group_size) {
+            return Err(KernelError::UnsupportedFormat { bit_width: self.bit_width, group_size: self.group_size });
+        }
+        let whole_blocks = usize::from(self.group_size) % BLOCK == 0;
+        let combines = !self.is_sparse() || (whole_blocks && self.scale_type == ScaleType::F16);
+        if self.pattern.exists() && combines {
             Ok(())
         } else {
-            Err(KernelError::UnsupportedFormat { bit_width: self.bit_width, group_size: self.group_size })
+            Err(KernelError::UnsupportedPattern { format: self.name() })
         }
+    }
+
+    /// Whether only some of the weights are stored.
+    pub fn is_sparse(&self) -> bool {
+        self.pattern != SparsePattern::Dense
     }
 
     /// The code that stands for zero in symmetric formats, `2^(b - 1)`.
@@ -116,14 +142,17 @@ impl QuantFormat {
     pub(super) fn name(&self) -> String {
         let symmetric = if self.symmetric { 's' } else { 'a' };
         let scales = if self.scale_type == ScaleType::F32 { "-f32" } else { "" };
-        format!("q{}g{}{symmetric}{scales}", self.bit_width, self.group_size)
+        let pattern = if self.is_sparse() { format!("-{}", self.pattern) } else { String::new() };
+        format!("q{}g{}{symmetric}{scales}{pattern}", self.bit_width, self.group_size)
     }
 
     pub(super) fn parse(name: &str) -> Result<Self> {
         let unknown = || KernelError::UnknownFormat { name: name.chars().take(64).collect() };
-        let (body, scale_type) = match name.strip_suffix("-f32") {
-            Some(body) => (body, ScaleType::F32),
-            None => (name, ScaleType::F16),
+        let (body, suffix) = name.split_once('-').map_or((name, None), |(body, suffix)| (body, Some(suffix)));
+        let (scale_type, pattern) = match suffix {
+            None => (ScaleType::F16, SparsePattern::Dense),
+            Some("f32") => (ScaleType::F32, SparsePattern::Dense),
+            Some(pattern) => (ScaleType::F16, SparsePattern::parse(pattern).ok_or_else(unknown)?),
         };
         let (body, symmetric) = match (body.strip_suffix('s'), body.strip_suffix('a')) {
             (Some(body), _) => (body, true),
@@ -136,6 +165,7 @@ impl QuantFormat {
             group_size: group.parse().map_err(|_| unknown())?,
             symmetric,
             scale_type,
+            pattern,
         };
         // "q+4g032a" parses as numbers but is not a name.
         if format.name() != name {
@@ -147,13 +177,45 @@ impl QuantFormat {
 
     /// Scale and minimum of a group; the minimum of a symmetric group is `-scale * 2^(b - 1)`, which is exact.
     pub(crate) fn scale_and_min(&self, scales: &[u32], group: usize) -> (f32, f32) {
-        let half = |word: u32, high: bool| decode_f16((word >> if high { 16 } else { 0 }) as u16);
+        let (scale, min) = self.raw_scale(scales, group);
+        self.scale_and_min_of(scale, min)
+    }
+
+    /// The bits of a group's scale and minimum, as a row stores them; the minimum is 0 for symmetric formats.
+    pub(crate) fn raw_scale(&self, scales: &[u32], group: usize) -> (u32, u32) {
         match (self.scale_type, self.symmetric) {
-            (ScaleType::F16, true) => self.centred(half(scales[group / 2], group % 2 == 1)),
-            (ScaleType::F16, false) => (half(scales[group], false), half(scales[group], true)),
-            (ScaleType::F32, true) => self.centred(f32::from_bits(scales[group])),
-            (ScaleType::F32, false) => (f32::from_bits(scales[2 * group]), f32::from_bits(scales[2 * group + 1])),
+            (ScaleType::F16, true) => ((scales[group / 2] >> (16 * (group % 2))) & 0xffff, 0),
+            (ScaleType::F16, false) => (scales[group] & 0xffff, scales[group] >> 16),
+            (ScaleType::F32, true) => (scales[group], 0),
+            (ScaleType::F32, false) => (scales[2 * group], scales[2 * group + 1]),
         }
+    }
+
+    /// Scale and minimum of their bits.
+    pub(crate) fn scale_and_min_of(&self, scale: u32, min: u32) -> (f32, f32) {
+        let value = |bits: u32| match self.scale_type {
+            ScaleType::F16 => decode_f16(bits as u16),
+            ScaleType::F32 => f32::from_bits(bits),
+        };
+        if self.symmetric { self.centred(value(scale)) } else { (value(scale), value(min)) }
+    }
+
+    /// Writes the bits of a group's scale and minimum into a zeroed row.
+    pub(crate) fn put_raw_scale(&self, scales: &mut [u32], group: usize, scale: u32, min: u32) {
+        match (self.scale_type, self.symmetric) {
+            (ScaleType::F16, true) => scales[group / 2] |= scale << (16 * (group % 2)),
+            (ScaleType::F16, false) => scales[group] = scale | (min << 16),
+            (ScaleType::F32, true) => scales[group] = scale,
+            (ScaleType::F32, false) => {
+                scales[2 * group] = scale;
+                scales[2 * group + 1] = min;
+            }
+        }
+    }
+
+    /// The value of a code.
+    pub(crate) fn value(&self, code: u32, scale: f32, min: f32) -> f32 {
+        if self.symmetric { scale * (code as i32 - self.zero_point() as i32) as f32 } else { scale * code as f32 + min }
     }
 
     fn centred(&self, scale: f32) -> (f32, f32) {
@@ -161,16 +223,11 @@ impl QuantFormat {
     }
 
     fn store(&self, scales: &mut [u32], group: usize, scale: f32, min: f32) {
-        let half = |value: f32| u32::from(f16::from_f32(value).to_bits());
-        match (self.scale_type, self.symmetric) {
-            (ScaleType::F16, true) => scales[group / 2] |= half(scale) << (16 * (group % 2)),
-            (ScaleType::F16, false) => scales[group] = half(scale) | (half(min) << 16),
-            (ScaleType::F32, true) => scales[group] = scale.to_bits(),
-            (ScaleType::F32, false) => {
-                scales[2 * group] = scale.to_bits();
-                scales[2 * group + 1] = min.to_bits();
-            }
-        }
+        let bits = |value: f32| match self.scale_type {
+            ScaleType::F16 => u32::from(f16::from_f32(value).to_bits()),
+            ScaleType::F32 => value.to_bits(),
+        };
+        self.put_raw_scale(scales, group, bits(scale), bits(min));
     }
 
     /// Scale and minimum for a group of finite values, as they will be read back.
@@ -192,11 +249,44 @@ impl QuantFormat {
             ScaleType::F32 => (((f64::from(high) - f64::from(low)) / f64::from(levels)) as f32, low),
         }
     }
+
+    /// Fits the scale of a group to finite values, stores it, and calls `put(i, code)` for every value. Without values,
+    /// the scale is 0.
+    pub(super) fn encode_group(
+        &self,
+        row: usize,
+        group: usize,
+        values: &[f32],
+        scales: &mut [u32],
+        mut put: impl FnMut(usize, u32),
+    ) -> Result<()> {
+        let (scale, min) = if values.is_empty() { (0.0, 0.0) } else { self.fit(values) };
+        if !scale.is_finite() || !min.is_finite() {
+            let value = values.iter().copied().fold(0.0f32, |best, v| if v.abs() > best.abs() { v } else { best });
+            let col = group * usize::from(self.group_size);
+            return Err(KernelError::Overflow { row, col, value, format: self.name() });
+        }
+        self.store(scales, group, scale, min);
+        let top = ((1u32 << self.bit_width) - 1) as f32;
+        for (i, &value) in values.iter().enumerate() {
+            let code = if scale == 0.0 {
+                if self.symmetric { self.zero_point() } else { 0 }
+            } else if self.symmetric {
+                ((value / scale).round() + self.zero_point() as f32).clamp(0.0, top) as u32
+            } else {
+                // In f64: the difference of two large values neither overflows nor loses the code.
+                let steps = (f64::from(value) - f64::from(min)) / f64::from(scale);
+                steps.round().clamp(0.0, f64::from(top)) as u32
+            };
+            put(i, code);
+        }
+        Ok(())
+    }
 }
 
 impl RowCodec for QuantFormat {
     fn row_words(&self, cols: usize) -> usize {
-        cols.div_ceil(BLOCK) * usize::from(self.bit_width)
+        self.pattern.mask_words(cols) + self.pattern.kept(cols).div_ceil(BLOCK) * usize::from(self.bit_width)
     }
 
     fn row_scale_words(&self, cols: usize) -> usize {
@@ -209,44 +299,46 @@ impl RowCodec for QuantFormat {
     }
 
     fn encode(&self, row: usize, values: &[f32], words: &mut [u32], scales: &mut [u32]) -> Result<()> {
+        for (col, &value) in values.iter().enumerate() {
+            finite(row, col, value)?;
+        }
+        if self.is_sparse() {
+            return sparse::encode(self, row, values, words, scales);
+        }
         let group_size = usize::from(self.group_size);
-        let top = ((1u32 << self.bit_width) - 1) as f32;
         for (group, chunk) in values.chunks(group_size).enumerate() {
-            let first = group * group_size;
-            for (i, &value) in chunk.iter().enumerate() {
-                finite(row, first + i, value)?;
-            }
-            let (scale, min) = self.fit(chunk);
-            if !scale.is_finite() || !min.is_finite() {
-                let value = chunk.iter().copied().fold(0.0f32, |best, v| if v.abs() > best.abs() { v } else { best });
-                return Err(KernelError::Overflow { row, col: first, value, format: self.name() });
-            }
-            self.store(scales, group, scale, min);
-            for (i, &value) in chunk.iter().enumerate() {
-                let code = if scale == 0.0 {
-                    if self.symmetric { self.zero_point() } else { 0 }
-                } else if self.symmetric {
-                    ((value / scale).round() + self.zero_point() as f32).clamp(0.0, top) as u32
-                } else {
-                    // In f64: the difference of two large values neither overflows nor loses the code.
-                    let steps = (f64::from(value) - f64::from(min)) / f64::from(scale);
-                    steps.round().clamp(0.0, f64::from(top)) as u32
-                };
-                put_code(words, usize::from(self.bit_width), first + i, code);
-            }
+            self.encode_group(row, group, chunk, scales, |i, code| {
+                put_code(words, usize::from(self.bit_width), group * group_size + i, code);
+            })?;
         }
         Ok(())
     }
 
     fn decode(&self, words: &[u32], scales: &[u32], out: &mut [f32]) {
-        let zero = self.zero_point() as i32;
+        if self.is_sparse() {
+            return sparse::decode(self, out.len(), words, scales, 0, out);
+        }
         for (group, chunk) in out.chunks_mut(usize::from(self.group_size)).enumerate() {
             let (scale, min) = self.scale_and_min(scales, group);
             let first = group * usize::from(self.group_size);
             for (i, value) in chunk.iter_mut().enumerate() {
                 let code = get_code(words, usize::from(self.bit_width), first + i);
-                *value = if self.symmetric { scale * (code as i32 - zero) as f32 } else { scale * code as f32 + min };
+                *value = self.value(code, scale, min);
             }
+        }
+    }
+    fn check(&self, row: usize, cols: usize, words: &[u32]) -> Result<()> {
+        sparse::check(self, row, cols, words)
+    }
+
+    fn decode_blocks(&self, cols: usize, words: &[u32], scales: &[u32], blocks: Range<usize>, out: &mut [f32]) {
+        if self.is_sparse() {
+            return sparse::decode(self, cols, words, scales, blocks.start, out);
+        }
+        out.fill(0.0);
+        for (col, value) in (blocks.start * BLOCK..cols).zip(out) {
+            let (scale, min) = self.scale_and_min(scales, col / usize::from(self.group_size));
+            *value = self.value(get_code(words, usize::from(self.bit_width), col), scale, min);
         }
     }
 }

@@ -10,14 +10,21 @@
 
 mod float;
 mod grouped;
+pub(crate) mod sparse;
+
+use core::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{KernelError, Result};
 
 pub(crate) use float::decode_f16;
-pub(crate) use grouped::BLOCK;
+pub(crate) use grouped::{BLOCK, put_code};
 pub use grouped::{QuantFormat, ScaleType};
+pub use sparse::SparsePattern;
+
+/// Rows of a panel of a prepared matrix.
+pub(crate) const PANEL_ROWS: usize = 16;
 
 /// How the elements of a matrix are stored.
 ///
@@ -44,8 +51,11 @@ pub struct Family {
 }
 
 /// The registry: every family of formats.
-pub const FAMILIES: &[Family] =
-    &[Family { name: "float", members: float::members }, Family { name: "grouped", members: grouped::members }];
+pub const FAMILIES: &[Family] = &[
+    Family { name: "float", members: float::members },
+    Family { name: "grouped", members: grouped::members },
+    Family { name: "sparse", members: sparse::members },
+];
 
 /// What a family of formats has to know: sizes of a row, and a row's scalar encoder and decoder, which are the
 /// reference for every kernel.
@@ -58,16 +68,29 @@ pub(crate) trait RowCodec {
     fn encode(&self, row: usize, values: &[f32], words: &mut [u32], scales: &mut [u32]) -> Result<()>;
     /// Unpacks into `out`, one value per column.
     fn decode(&self, words: &[u32], scales: &[u32], out: &mut [f32]);
+    /// Checks what decoding does not need, that the words of a row of `cols` columns are what the encoder could have
+    /// written; `row` is only for messages.
+    fn check(&self, _row: usize, _cols: usize, _words: &[u32]) -> Result<()> {
+        Ok(())
+    }
+    /// Unpacks some whole blocks of 32 columns of a row of `cols` columns, with zeros behind the last column.
+    fn decode_blocks(&self, cols: usize, words: &[u32], scales: &[u32], blocks: Range<usize>, out: &mut [f32]) {
+        let mut row = vec![0.0; cols.next_multiple_of(BLOCK)];
+        self.decode(words, scales, &mut row[..cols]);
+        out.copy_from_slice(&row[blocks.start * BLOCK..blocks.end * BLOCK]);
+    }
 }
 
 impl Format {
-    /// The formats that suites cover: all that `compress` offers, and all that lossless import needs.
+    /// The formats that suites cover: the dense ones that `compress` offers, those that lossless import needs, and
+    /// every sparse pattern with every bit width.
     pub fn all() -> Vec<Format> {
         FAMILIES.iter().flat_map(|family| (family.members)()).collect()
     }
 
-    /// The format's name: `f32`, `f16`, `bf16`, or `q<bits>g<group>` with `s` (symmetric) or `a` (asymmetric) and,
-    /// for single-precision scales, `-f32`. Examples: `q4g32a`, `q3g64s`, `q6g16s-f32`.
+    /// The format's name: `f32`, `f16`, `bf16`, or `q<bits>g<group>` with `s` (symmetric) or `a` (asymmetric) and
+    /// perhaps a suffix: `-f32` for single-precision scales, or a sparse pattern (`-2:4`, `-4:8`, or `-b` with the
+    /// kept percentage). Examples: `q4g32a`, `q3g64s`, `q6g16s-f32`, `q4g32s-2:4`, `q3g64a-b60`.
     pub fn name(&self) -> String {
         match self {
             Format::F32 => "f32".into(),
@@ -81,7 +104,7 @@ impl Format {
     ///
     /// # Errors
     /// [`KernelError::UnknownFormat`] if the text is not a name, [`KernelError::UnsupportedFormat`] if it names a
-    /// width or group size that does not exist.
+    /// width or group size that does not exist, [`KernelError::UnsupportedPattern`] if it names such a sparse pattern.
     pub fn parse(name: &str) -> Result<Format> {
         match name {
             "f32" => Ok(Format::F32),
@@ -123,7 +146,7 @@ impl Format {
     /// Whether the format's numbers are supported.
     ///
     /// # Errors
-    /// [`KernelError::UnsupportedFormat`].
+    /// [`KernelError::UnsupportedFormat`], [`KernelError::UnsupportedPattern`].
     pub fn check(&self) -> Result<()> {
         match self {
             Format::Quantized(q) => q.check(),
@@ -167,6 +190,20 @@ impl From<Format> for String {
     }
 }
 
+/// The order of a packed matrix's words in memory. The values are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arrangement {
+    /// Row after row: the order of files, which every device reads. The CPU multiplies such a matrix with `f32`
+    /// activations.
+    #[default]
+    Rows,
+    /// Prepared for the CPU's integer dot products: panels of 16 rows, in which the codes lie in the order in which
+    /// the inner loops use them. The CPU multiplies such a matrix with activations rounded to 8 bits per token and
+    /// 32 columns. See [`PackedHost::prepare`](crate::PackedHost::prepare).
+    Panels,
+}
+
 /// Shape and format of a packed matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PackedLayout {
@@ -176,6 +213,9 @@ pub struct PackedLayout {
     pub cols: usize,
     /// How a row is stored.
     pub format: Format,
+    /// In which order the words lie.
+    #[serde(default)]
+    pub arrangement: Arrangement,
 }
 
 impl PackedLayout {
@@ -185,7 +225,7 @@ impl PackedLayout {
     /// [`KernelError::BadShape`] if the matrix is empty or its buffers would not fit the address space,
     /// [`KernelError::UnsupportedFormat`] if the format does not exist.
     pub fn new(rows: usize, cols: usize, format: Format) -> Result<Self> {
-        let layout = PackedLayout { rows, cols, format };
+        let layout = PackedLayout { rows, cols, format, arrangement: Arrangement::Rows };
         layout.check()?;
         Ok(layout)
     }
@@ -222,6 +262,27 @@ impl PackedLayout {
     /// Bytes of the matrix: codes and scales.
     pub fn bytes(&self) -> u64 {
         self.format.matrix_bytes(self.rows, self.cols)
+    }
+
+    /// Rows and columns of the matrix of code words: a row of it is a row, or a panel.
+    pub fn words_shape(&self) -> [usize; 2] {
+        match self.arrangement {
+            Arrangement::Rows => [self.rows, self.row_words()],
+            Arrangement::Panels => [self.panels(), PANEL_ROWS * self.row_words()],
+        }
+    }
+
+    /// Rows and columns of the matrix of scale words; no columns for float formats.
+    pub fn scales_shape(&self) -> [usize; 2] {
+        match self.arrangement {
+            Arrangement::Rows => [self.rows, self.row_scale_words()],
+            Arrangement::Panels => [self.panels(), crate::panels::panel_scale_words(self)],
+        }
+    }
+
+    /// Panels of 16 rows, the last one padded.
+    pub fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL_ROWS)
     }
 
     /// The same format with another number of rows.

@@ -3,10 +3,27 @@ use super::*;
 #[test]
 fn names_round_trip() {
     let formats = Format::all();
-    assert_eq!(formats.len(), 44);
+    assert_eq!(formats.len(), 62);
+    let names: std::collections::BTreeSet<String> = formats.iter().map(Format::name).collect();
+    assert_eq!(names.len(), formats.len());
     for format in formats {
         assert_eq!(Format::parse(&format.name()), Ok(format));
         assert_eq!(format.check(), Ok(()));
+    }
+}
+
+/// Every pattern with every width, group size and symmetry exists, whether suites cover it or not.
+#[test]
+fn sparse_formats_are_a_product() {
+    for bits in grouped::BIT_WIDTHS {
+        for group in [32, 64, 128] {
+            for symmetric in ['s', 'a'] {
+                for pattern in ["2:4", "4:8", "b1", "b50", "b99"] {
+                    let name = format!("q{bits}g{group}{symmetric}-{pattern}");
+                    assert_eq!(Format::parse(&name).unwrap().name(), name);
+                }
+            }
+        }
     }
 }
 
@@ -17,6 +34,14 @@ fn names_that_are_not_formats() {
     {
         assert!(Format::parse(name).is_err(), "{name}");
     }
+    for name in ["q4g32s-", "q4g32s-b", "q4g32s-b050", "q4g32s-b+5", "q4g32s-dense", "q4g32s-2:4-f32", "q4g32s-2:04"] {
+        assert!(matches!(Format::parse(name), Err(KernelError::UnknownFormat { .. })), "{name}");
+    }
+    for name in ["q4g32s-1:4", "q4g32s-4:4", "q4g32s-0:0", "q4g32s-b0", "q4g32s-b100", "q4g16s-2:4"] {
+        assert!(matches!(Format::parse(name), Err(KernelError::UnsupportedPattern { .. })), "{name}");
+    }
+    let f32_scales = QuantFormat::new(4, 32, true, ScaleType::F32).unwrap();
+    assert!(f32_scales.with_pattern(SparsePattern::NofM { n: 2, m: 4 }).is_err());
 }
 
 #[test]
@@ -33,9 +58,38 @@ fn sizes() {
     check("q3g64s", 65, 9, 1);
     check("q6g16s-f32", 40, 12, 3);
     check("q2g16a-f32", 40, 4, 6);
-    assert_eq!(Format::parse("q4g32a").unwrap().bits_per_weight(64), 5.0);
-    assert_eq!(Format::parse("q4g32s").unwrap().bits_per_weight(64), 4.5);
+    // A mask word for 32 columns, and a block of codes for 32 kept ones.
+    check("q4g32s-4:8", 64, 2 + 4, 1);
+    check("q4g32s-2:4", 70, 3 + 2 * 4, 2);
+    check("q3g64a-b10", 330, 11 + 2 * 3, 6);
+    check("q8g128s-b99", 1, 1 + 8, 1);
+    let bits = |name: &str, cols| Format::parse(name).unwrap().bits_per_weight(cols);
+    assert_eq!(bits("q4g32a", 64), 5.0);
+    assert_eq!(bits("q4g32s", 64), 4.5);
+    assert_eq!(bits("q4g32s-4:8", 64), 3.5);
+    assert_eq!(bits("q2g128s-2:4", 256), 2.125);
+    assert_eq!(bits("q8g64a-b25", 128), 3.5);
     assert_eq!(Format::F16.matrix_bytes(3, 5), 36);
+}
+
+#[test]
+fn kept_columns() {
+    let check = |name: &str, cols, kept| {
+        let format = Format::parse(name).unwrap().quantized().unwrap();
+        assert_eq!(format.pattern.kept(cols), kept, "{name} {cols}");
+    };
+    for (cols, kept) in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 3), (7, 4), (8, 4)] {
+        check("q4g32s-2:4", cols, kept);
+    }
+    for (cols, kept) in [(3, 3), (4, 4), (7, 4), (8, 4), (13, 8), (14, 8)] {
+        check("q4g32s-4:8", cols, kept);
+    }
+    for (cols, kept) in [(1, 1), (2, 1), (3, 2), (101, 51), (576, 288)] {
+        check("q4g32s-b50", cols, kept);
+    }
+    check("q4g32s-b1", 100, 1);
+    check("q4g32s-b1", 101, 2);
+    check("q4g32s-b99", usize::MAX, usize::MAX / 100 * 99 + 15);
 }
 
 #[test]
@@ -44,7 +98,10 @@ fn layouts_that_cannot_exist() {
     assert!(PackedLayout::new(1, 0, Format::F32).is_err());
     assert!(PackedLayout::new(usize::MAX, usize::MAX, Format::F32).is_err());
     assert!(PackedLayout::new(usize::MAX / 8, 1 << 30, Format::parse("q2g64s").unwrap()).is_err());
-    let bad = QuantFormat { bit_width: 7, group_size: 32, symmetric: true, scale_type: ScaleType::F16 };
+    let good = QuantFormat::new(4, 32, true, ScaleType::F16).unwrap();
+    let bad = QuantFormat { bit_width: 7, ..good };
+    assert!(PackedLayout::new(1, 1, Format::Quantized(bad)).is_err());
+    let bad = QuantFormat { pattern: SparsePattern::NofM { n: 3, m: 0 }, ..good };
     assert!(PackedLayout::new(1, 1, Format::Quantized(bad)).is_err());
 }
 

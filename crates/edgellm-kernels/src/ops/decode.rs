@@ -1,5 +1,8 @@
 //! Default decoding of packed words, in Burn primitives.
 //!
+//! Sparse rows: the bits of the mask are summed along the row, in blocks first and then over blocks; a kept column takes
+//! the code whose number is the sum up to it.
+//!
 //! Codes: the words of a block of 32 columns are spread over its 32 columns by index, shifted and masked; codes that
 //! cross a word boundary take their upper bits from the next word. Floats are decoded arithmetically from their bits
 //! (sign, exponent, mantissa), because not every device has 16-bit floats and no backend offers a bit cast. With `e`
@@ -7,8 +10,8 @@
 //! `(m 2^-M + [e > 0]) * 2^(max(e, 1) - bias)`: exact, subnormals included (a GPU may flush subnormal *results* to
 //! zero). The largest exponent field decodes to an infinity.
 
-use burn::backend::tensor::{Device, FloatTensor, IntTensor};
-use burn::backend::{Backend, TensorMetadata};
+use burn::backend::tensor::{BoolTensor, Device, FloatTensor, IntTensor};
+use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 use burn::tensor::{DType, FloatDType, IntDType, Shape, Slice, TensorData};
 
 use crate::format::{BLOCK, Format, PackedLayout, QuantFormat, ScaleType};
@@ -21,18 +24,54 @@ pub(crate) fn rows<B: Backend>(words: IntTensor<B>, scales: IntTensor<B>, layout
         Format::BF16 => float_bits::<B>(halves::<B>(words, layout.cols), 8, 7),
         Format::Quantized(format) => {
             let device = words.device();
-            let codes = codes::<B>(words, usize::from(format.bit_width), layout.cols);
+            let (codes, dropped) = if format.is_sparse() {
+                let (codes, dropped) = sparse_codes::<B>(words, format, layout.cols);
+                (codes, Some(dropped))
+            } else {
+                (codes::<B>(words, usize::from(format.bit_width), layout.cols), None)
+            };
             let codes = B::int_into_float(codes, FloatDType::F32);
             let groups: Vec<i32> = (0..layout.cols).map(|col| (col / usize::from(format.group_size)) as i32).collect();
             let groups = indices::<B>(groups, &device);
             let (scale, min) = group_scales::<B>(scales, format, layout.cols);
             let scale = B::float_select(scale, 1, groups.clone());
-            match min {
+            let values = match min {
                 Some(min) => B::float_add(B::float_mul(codes, scale), B::float_select(min, 1, groups)),
                 None => B::float_mul(B::float_add_scalar(codes, (-f64::from(format.zero_point())).into()), scale),
+            };
+            match dropped {
+                Some(dropped) => B::float_mask_fill(values, dropped, 0.0.into()),
+                None => values,
             }
         }
     }
+}
+
+/// `[n, row_words]` words of a sparse format to `[n, cols]` codes, and which columns have none.
+fn sparse_codes<B: Backend>(words: IntTensor<B>, format: QuantFormat, cols: usize) -> (IntTensor<B>, BoolTensor<B>) {
+    let device = words.device();
+    let (n, blocks, kept) = (words.shape()[0], cols.div_ceil(BLOCK), format.pattern.kept(cols));
+    let columns = |t: IntTensor<B>, columns| B::int_slice(t, &[Slice::from(0..n), Slice::from(columns)]);
+    let row_words = words.shape()[1];
+    let mask = B::int_reshape(columns(words.clone(), 0..blocks), Shape::new([n, blocks, 1]));
+    let bits = B::bitwise_right_shift(mask, u32s::<B>((0..BLOCK as u32).collect(), [1, 1, BLOCK], &device));
+    let bits = B::int_cast(B::bitwise_and_scalar(bits, 1i64.into()), IntDType::I32);
+    // The kept columns up to each one. Some devices sum in quadratic time, so blocks are summed on their own.
+    let inside = B::int_cumsum(bits.clone(), 2);
+    let totals = B::int_reshape(B::int_sum_dim(bits.clone(), 2), Shape::new([n, blocks]));
+    let before = B::int_sub(B::int_cumsum(totals.clone(), 1), totals);
+    let number = B::int_add(inside, B::int_reshape(before, Shape::new([n, blocks, 1])));
+    let row = |t: IntTensor<B>| columns(B::int_reshape(t, Shape::new([n, blocks * BLOCK])), 0..cols);
+    let (bits, number) = (row(bits), row(number));
+    // A mask may keep more columns than there are codes.
+    let bool_dtype = get_or_init_device_settings::<B>(&device).bool_dtype;
+    let dropped = B::bool_or(
+        B::int_equal_elem(bits, 0i64.into(), bool_dtype),
+        B::int_greater_elem(number.clone(), (kept as i64).into(), bool_dtype),
+    );
+    let number = B::int_clamp(B::int_sub_scalar(number, 1i64.into()), 0i64.into(), (kept as i64 - 1).into());
+    let codes = codes::<B>(columns(words, blocks..row_words), usize::from(format.bit_width), kept);
+    (B::int_gather(1, codes, number), dropped)
 }
 
 /// `[n, blocks * bit_width]` words to `[n, cols]` codes.

@@ -122,9 +122,19 @@ fn devices_are_those_of_the_features() {
         assert_eq!(has("flex (avx2)"), avx2);
         let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
         assert_eq!(has("flex (avx512)"), avx512);
+        let vnni = is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vbmi2");
+        assert_eq!(has("flex (avx512vnni)"), avx512 && vnni);
     }
     #[cfg(target_arch = "aarch64")]
-    assert!(has("flex (neon)"));
+    {
+        assert!(has("flex (neon)"));
+        let dotprod = std::arch::is_aarch64_feature_detected!("dotprod");
+        assert_eq!(has("flex (neon+dotprod)"), dotprod);
+        assert_eq!(has("flex (neon+i8mm)"), dotprod && std::arch::is_aarch64_feature_detected!("i8mm"));
+    }
 }
 
 #[test]

@@ -83,7 +83,8 @@ fn packed_linear_gradient() {
 #[test]
 fn packed_linear_gradient_of_larger_matrices() {
     on_every_device("packed_linear gradient, large", |device| {
-        let formats = ["q3g128a", "q4g32a", "q6g16s-f32", "q8g64s", "f16", "f32"];
+        let formats =
+            ["q3g128a", "q4g32a", "q6g16s-f32", "q8g64s", "q4g32s-2:4", "q5g64a-4:8", "q3g32a-b40", "f16", "f32"];
         for format in formats.map(|name| Format::parse(name).unwrap()) {
             let (tokens, rows, cols) = if device.slow { (3, 40, 300) } else { (37, 611, 333) };
             let host = packed(rows, cols, format, 8);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use edgellm_kernels::{Format, PackedHost, PackedLayout};
+use edgellm_kernels::{Arrangement, Format, PackedHost, PackedLayout};
 use edgellm_model::ModelError;
 use edgellm_model::files::{FORMAT_VERSION, ModelFiles, PackedTensor, QUANT_METHOD, QuantizationConfig, packed_names};
 use edgellm_model::io::{AtomicDir, atomic_write};
@@ -55,6 +55,9 @@ enum Plan {
 /// `quantization_config` and holds the policy. Tokenizer files are copied, or made from a GGUF file's metadata.
 /// One tensor at a time is in memory.
 ///
+/// With [`Arrangement::Panels`] the packed matrices are written as the CPU's integer kernels use them, so that a file is
+/// used in place, without preparing it when it is loaded.
+///
 /// With `force`, a compressed model (or an empty folder) at `out_dir` is replaced; nothing else ever is.
 ///
 /// # Errors
@@ -64,13 +67,14 @@ pub fn compress_model(
     files: &ModelFiles,
     policy: &CompressionPolicy,
     compressor: &dyn Compressor,
+    arrangement: Arrangement,
     out_dir: &Path,
     force: bool,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Applied> {
     check_policy(policy, files.config().n_layers)?;
     check_target(out_dir, force)?;
-    let plan = plan(files, policy)?;
+    let plan = plan(files, policy, arrangement)?;
     let folder = AtomicDir::create(out_dir)?;
     let weights = folder.path().join("model.safetensors");
     let mut writer = SafetensorsWriter::create(&weights, &specs(&plan))?;
@@ -82,6 +86,7 @@ pub fn compress_model(
                 let values = files.matrix(name)?.dequantize();
                 let packed = compressor.compress(&values, layout.rows, layout.cols, format)?;
                 drop(values);
+                let packed = if packed.layout == *layout { packed } else { packed.prepare()? };
                 write_matrix(&mut writer, name, &packed)?;
             }
         }
@@ -122,7 +127,7 @@ fn check_target(out_dir: &Path, force: bool) -> Result<()> {
 }
 
 /// What becomes of every tensor, in the order of the files.
-fn plan(files: &ModelFiles, policy: &CompressionPolicy) -> Result<Vec<(String, Plan)>> {
+fn plan(files: &ModelFiles, policy: &CompressionPolicy, arrangement: Arrangement) -> Result<Vec<(String, Plan)>> {
     let mut plan = Vec::new();
     for name in files.names() {
         if name == HEAD && files.config().tie_word_embeddings {
@@ -133,8 +138,9 @@ fn plan(files: &ModelFiles, policy: &CompressionPolicy) -> Result<Vec<(String, P
         let part = match (unit_of(name), shape.as_slice()) {
             (Some(unit), _) => {
                 let format = format_of(policy, unit, name)?;
-                let layout = PackedLayout { format: format.packed()?, ..files.layout(name)? };
-                layout.check()?;
+                let found = files.layout(name)?;
+                let layout = PackedLayout::new(found.rows, found.cols, format.packed()?)?;
+                let layout = if arrangement == Arrangement::Panels { layout.prepared() } else { layout };
                 Plan::Compress(format, layout)
             }
             (None, &[len]) => Plan::Vector(len),
@@ -169,8 +175,8 @@ fn specs(plan: &[(String, Plan)]) -> Vec<TensorSpec> {
                 Some(dtype) => specs.push(TensorSpec::new(name, dtype, [layout.rows, layout.cols])),
                 None => {
                     let (codes, scales) = packed_names(name);
-                    specs.push(TensorSpec::new(codes, Dtype::U32, [layout.rows, layout.row_words()]));
-                    specs.push(TensorSpec::new(scales, Dtype::U32, [layout.rows, layout.row_scale_words()]));
+                    specs.push(TensorSpec::new(codes, Dtype::U32, layout.words_shape()));
+                    specs.push(TensorSpec::new(scales, Dtype::U32, layout.scales_shape()));
                 }
             },
         }
@@ -211,7 +217,7 @@ fn to_bytes(values: &[f32]) -> Vec<u8> {
 fn write_config(files: &ModelFiles, policy: &CompressionPolicy, plan: &[(String, Plan)], dir: &Path) -> Result<()> {
     let packed = plan.iter().filter_map(|(name, part)| match part {
         Plan::Compress(_, layout) if float_type(layout.format).is_none() => {
-            Some((name.clone(), PackedTensor { format: layout.format, shape: [layout.rows, layout.cols] }))
+            Some((name.clone(), PackedTensor::of(*layout)))
         }
         _ => None,
     });

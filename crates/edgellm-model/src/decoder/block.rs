@@ -5,7 +5,8 @@
 
 use burn::tensor::Tensor;
 use edgellm_kernels::{
-    AttentionParams, Lora, PackedLayout, PackedMatrix, attention, packed_linear, rms_norm, rope, swiglu,
+    AttentionParams, BlockLinear, BlockView, Lora, PackedLayout, PackedMatrix, attention, packed_linear, rms_norm,
+    rope, swiglu,
 };
 
 use super::cache::LayerCache;
@@ -39,7 +40,7 @@ impl Weight {
             Weight::Packed(matrix) => matrix.layout(),
             Weight::Dense(tensor) => {
                 let [rows, cols] = tensor.dims();
-                PackedLayout { rows, cols, format: edgellm_kernels::Format::F32 }
+                PackedLayout { rows, cols, format: edgellm_kernels::Format::F32, arrangement: Default::default() }
             }
         }
     }
@@ -135,6 +136,30 @@ impl Block {
         &mut self.linears[projection as usize]
     }
 
+    /// The block as the CPU's inference path runs it, where it can.
+    pub(crate) fn view<'a>(&'a self, ctx: BlockContext<'a>, lora: Option<&'a BlockLora>) -> Option<BlockView<'a>> {
+        let mut linears = Vec::with_capacity(Projection::ALL.len());
+        for projection in Projection::ALL {
+            let linear = self.linear(projection);
+            let Weight::Packed(weight) = &linear.weight else { return None };
+            let lora = lora.and_then(|lora| lora.get(projection));
+            linears.push(BlockLinear { weight, bias: linear.bias.as_ref(), lora });
+        }
+        let view = BlockView {
+            attn_norm: &self.attn_norm,
+            mlp_norm: &self.mlp_norm,
+            q_norm: self.q_norm.as_ref(),
+            k_norm: self.k_norm.as_ref(),
+            linears: linears.try_into().ok()?,
+            head_dim: ctx.config.head_dim,
+            eps: ctx.config.rms_norm_eps,
+            scale: ctx.config.attention_scale(),
+            window: ctx.config.window_of(ctx.index),
+            rope: ctx.rope.map(|slice| (&slice.cos, &slice.sin)),
+        };
+        (ctx.observer.is_none() && view.is_supported()).then_some(view)
+    }
+
     /// Runs the block on `x`, `[batch, tokens, d]`, appending keys and values to `cache` if there is one.
     pub(crate) fn forward(
         &self,
@@ -190,7 +215,7 @@ impl Block {
             k = rope(k, slice.cos.clone(), slice.sin.clone());
         }
         let (k, v, offset) = match cache {
-            Some(cache) => cache.append(k, v),
+            Some(cache) => cache.tensors().append(k, v),
             None => (k, v, 0),
         };
         let params = AttentionParams { scale: config.attention_scale(), offset, window: config.window_of(ctx.index) };

@@ -3,17 +3,76 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
+use edgellm_kernels::{BlockCache, BlockScratch, CacheType};
+
+/// Keys and values of one block: as tensors, or as the CPU's kernels want them.
+#[derive(Clone, Debug)]
+pub(crate) enum LayerCache {
+    Tensors(TensorCache),
+    Host(BlockCache),
+}
+
+impl Default for LayerCache {
+    fn default() -> Self {
+        LayerCache::Tensors(TensorCache::default())
+    }
+}
+
+impl LayerCache {
+    fn len(&self) -> usize {
+        match self {
+            LayerCache::Tensors(cache) => cache.len,
+            LayerCache::Host(cache) => cache.len(),
+        }
+    }
+
+    fn truncate(&mut self, len: usize) {
+        match self {
+            LayerCache::Tensors(cache) => cache.len = cache.len.min(len),
+            LayerCache::Host(cache) => cache.truncate(len),
+        }
+    }
+
+    /// The cache for the tensor path.
+    ///
+    /// # Panics
+    /// If it was filled by the CPU's path.
+    pub(crate) fn tensors(&mut self) -> &mut TensorCache {
+        if let LayerCache::Host(cache) = self {
+            assert!(
+                cache.is_empty(),
+                "a cache that inference filled cannot be used on another device or with gradients"
+            );
+            *self = LayerCache::default();
+        }
+        match self {
+            LayerCache::Tensors(cache) => cache,
+            LayerCache::Host(_) => unreachable!("replaced above"),
+        }
+    }
+
+    /// The cache for the CPU's path; `None` if the tensor path filled it.
+    pub(crate) fn host(&mut self, new: impl FnOnce() -> BlockCache) -> Option<&mut BlockCache> {
+        if matches!(self, LayerCache::Tensors(cache) if cache.len == 0) {
+            *self = LayerCache::Host(new());
+        }
+        match self {
+            LayerCache::Host(cache) => Some(cache),
+            LayerCache::Tensors(_) => None,
+        }
+    }
+}
 
 /// Keys and values of one block, `[batch, kv_heads, capacity, head_dim]`, of which `len` positions are in use.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct LayerCache {
+pub(crate) struct TensorCache {
     /// Taken out while it is being written, so that the write is in place.
     store: Option<(Tensor<4>, Tensor<4>)>,
     len: usize,
     capacity: usize,
 }
 
-impl LayerCache {
+impl TensorCache {
     /// Appends `k` and `v`, `[batch, kv_heads, tokens, head_dim]`; returns all of them so far and how many came before.
     pub(crate) fn append(&mut self, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>, usize) {
         let [batch, heads, tokens, dim] = k.dims();
@@ -55,15 +114,28 @@ impl LayerCache {
 /// The keys and values of every block for one sequence (or a batch of sequences of equal length).
 ///
 /// A cache may serve a prefix of the blocks only; each block keeps its own length, so that exits can be run on.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct KvCache {
     layers: Vec<LayerCache>,
+    kind: CacheType,
+    scratch: BlockScratch,
+}
+
+impl Clone for KvCache {
+    fn clone(&self) -> Self {
+        Self { layers: self.layers.clone(), kind: self.kind, scratch: BlockScratch::default() }
+    }
 }
 
 impl KvCache {
     /// An empty cache for `n_blocks` blocks.
     pub fn new(n_blocks: usize) -> Self {
-        Self { layers: vec![LayerCache::default(); n_blocks] }
+        Self::with_type(n_blocks, CacheType::default())
+    }
+
+    /// An empty cache whose keys and values are stored as `kind` on the CPU; other devices store `f32`.
+    pub fn with_type(n_blocks: usize, kind: CacheType) -> Self {
+        Self { layers: vec![LayerCache::default(); n_blocks], kind, scratch: BlockScratch::default() }
     }
 
     /// Positions that block `index` has seen.
@@ -71,19 +143,37 @@ impl KvCache {
     /// # Panics
     /// If there is no such block.
     pub fn len(&self, index: usize) -> usize {
-        self.layers[index].len
+        self.layers[index].len()
     }
 
     /// Whether no block has seen a token.
     pub fn is_empty(&self) -> bool {
-        self.layers.iter().all(|layer| layer.len == 0)
+        self.layers.iter().all(|layer| layer.len() == 0)
     }
 
     /// Forgets every position from `len` on, in every block.
     pub fn truncate(&mut self, len: usize) {
         for layer in &mut self.layers {
-            layer.len = layer.len.min(len);
+            layer.truncate(len);
         }
+    }
+
+    /// Bytes of keys and values on the CPU's path.
+    pub fn bytes(&self) -> usize {
+        let bytes = |layer: &LayerCache| if let LayerCache::Host(cache) = layer { cache.bytes() } else { 0 };
+        self.layers.iter().map(bytes).sum()
+    }
+
+    /// What the CPU's path needs for block `index`; `None` if the tensor path filled the cache.
+    pub(crate) fn host_layer(
+        &mut self,
+        index: usize,
+        heads: usize,
+        dim: usize,
+    ) -> Option<(&mut BlockCache, &mut BlockScratch)> {
+        let kind = self.kind;
+        let cache = self.layers[index].host(|| BlockCache::new(kind, heads, dim))?;
+        Some((cache, &mut self.scratch))
     }
 
     pub(crate) fn layer_mut(&mut self, index: usize) -> &mut LayerCache {

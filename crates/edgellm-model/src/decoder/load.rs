@@ -19,6 +19,48 @@ pub struct LoadOptions {
     pub device: Device,
     /// Expand packed weights to f32 once, for devices without fast packed kernels.
     pub expand: bool,
+    /// In which precision quantized weights meet activations.
+    pub activations: Activations,
+}
+
+/// The precision of the activations in products with quantized weights on the CPU. Products with float weights, and
+/// those on other devices, are in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// Rounded to 8 bits per token and 32 columns, for integer dot products: fast. The weights are brought into the
+    /// arrangement of these kernels when they are loaded, unless they are stored in it.
+    #[default]
+    Int8,
+    /// f32: the reference.
+    F32,
+}
+
+impl Activations {
+    /// Both.
+    pub const ALL: [Activations; 2] = [Activations::Int8, Activations::F32];
+
+    /// `int8` or `f32`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activations::Int8 => "int8",
+            Activations::F32 => "f32",
+        }
+    }
+}
+
+impl std::fmt::Display for Activations {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Activations {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|a| a.name() == name);
+        found.ok_or_else(|| format!("'{name}' is no precision of activations; expected int8 or f32"))
+    }
 }
 
 /// All blocks in memory.
@@ -68,14 +110,22 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn weight(&self, host: PackedHost) -> Weight {
-        let matrix = host.to_device(&self.options.device);
-        if self.options.expand { Weight::Dense(matrix.dequantize()) } else { Weight::Packed(matrix) }
+    fn weight(&self, host: PackedHost) -> Result<Weight, ModelError> {
+        let options = self.options;
+        if options.expand {
+            return Ok(Weight::Dense(host.unprepare()?.to_device(&options.device).dequantize()));
+        }
+        let host = match options.activations {
+            Activations::Int8 => host.prepare()?,
+            Activations::F32 => host.unprepare()?,
+        };
+        Ok(Weight::Packed(host.to_device(&options.device)))
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Weight, ModelError> {
         let host = self.files.matrix(name)?;
-        let found = [host.layout.rows, host.layout.cols];
+        let layout = host.layout;
+        let found = [layout.rows, layout.cols];
         if found != shape {
             return Err(ModelError::Value {
                 what: format!("shape of tensor {name}"),
@@ -83,7 +133,12 @@ impl Loader<'_> {
                 found: format!("{found:?}"),
             });
         }
-        Ok(self.weight(host))
+        let weight = self.weight(host)?;
+        if matches!(&weight, Weight::Packed(matrix) if matrix.layout() != layout) {
+            // The file's bytes were brought into another arrangement and are not needed any more.
+            self.files.release(name);
+        }
+        Ok(weight)
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Tensor<1>, ModelError> {

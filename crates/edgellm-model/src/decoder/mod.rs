@@ -12,18 +12,21 @@ mod rope;
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{Device, Int, Tensor};
-use edgellm_kernels::{cross_entropy_head, packed_embedding, rms_norm};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use edgellm_kernels::{
+    BlockCache, BlockScratch, CacheType, cross_entropy_head, decoder_block, packed_embedding, rms_norm,
+};
 
 pub use self::block::{Block, Linear, LinearObserver, Weight};
 pub use self::cache::KvCache;
-pub use self::load::{LoadOptions, ResidentStore};
+pub use self::load::{Activations, LoadOptions, ResidentStore};
 
 use self::block::BlockContext;
 use self::rope::RopeTable;
 use crate::ModelError;
 use crate::adapter::Adapter;
 use crate::config::ModelConfig;
+use crate::generate::to_vec;
 use crate::traits::WeightStore;
 
 /// A decoder-only language model on a device.
@@ -37,6 +40,31 @@ pub struct Decoder {
     head: Option<Linear>,
     rope: RopeTable,
     device: Device,
+}
+
+/// A hidden state, where the last block left it.
+enum Hidden {
+    Tensor(Tensor<3>),
+    Host(Vec<f32>, [usize; 3]),
+}
+
+impl Hidden {
+    fn host(&mut self) -> Result<&mut Vec<f32>, ModelError> {
+        if let Hidden::Tensor(tensor) = self {
+            *self = Hidden::Host(to_vec(tensor.clone())?, tensor.dims());
+        }
+        match self {
+            Hidden::Host(values, _) => Ok(values),
+            Hidden::Tensor(_) => unreachable!("replaced above"),
+        }
+    }
+
+    fn into_tensor(self, device: &Device) -> Tensor<3> {
+        match self {
+            Hidden::Tensor(tensor) => tensor,
+            Hidden::Host(values, dims) => Tensor::from_data(TensorData::new(values, dims), device),
+        }
+    }
 }
 
 impl std::fmt::Debug for Decoder {
@@ -159,6 +187,11 @@ impl Decoder {
         KvCache::new(self.n_blocks())
     }
 
+    /// An empty key-value cache that stores keys and values as `kind` on the CPU.
+    pub fn new_cache_of(&self, kind: CacheType) -> KvCache {
+        KvCache::with_type(self.n_blocks(), kind)
+    }
+
     /// Embeds token ids.
     ///
     /// # Shapes
@@ -206,7 +239,7 @@ impl Decoder {
     /// If the range leaves the model.
     pub fn run_blocks(
         &self,
-        mut x: Tensor<3>,
+        x: Tensor<3>,
         range: Range<usize>,
         adapter: Option<&Adapter>,
         mut cache: Option<&mut KvCache>,
@@ -214,19 +247,37 @@ impl Decoder {
         assert!(range.end <= self.n_blocks(), "blocks {range:?} of a model with {} blocks", self.n_blocks());
         let start = cache.as_ref().filter(|_| !range.is_empty()).map_or(0, |c| c.len(range.start));
         let slice = self.rope.slice(start, x.dims()[1]);
+        let plain = self.device == Device::flex() && !x.device().is_autodiff();
+        let [batch, _, _] = x.dims();
+        let mut scratch = BlockScratch::default();
+        let mut hidden = Hidden::Tensor(x);
         for index in range {
             let _span = tracing::trace_span!("block", index).entered();
             let block = self.store.block(index)?;
-            let ctx = BlockContext {
-                config: &self.config,
-                index,
-                rope: self.config.uses_rope(index).then_some(&slice),
-                observer: None,
-            };
+            let rope = self.config.uses_rope(index).then_some(&slice);
+            let ctx = BlockContext { config: &self.config, index, rope, observer: None };
+            let lora = adapter.and_then(|a| a.block(index));
+            let (heads, dim) = (self.config.n_kv_heads, self.config.head_dim);
+            if plain && let Some(view) = block.view(ctx, lora) {
+                match cache.as_mut() {
+                    None => {
+                        let mut caches = vec![BlockCache::new(CacheType::F32, heads, dim); batch];
+                        decoder_block(hidden.host()?, &view, &mut caches, &mut scratch);
+                        continue;
+                    }
+                    Some(cache) if batch == 1 => {
+                        if let Some((cache, scratch)) = cache.host_layer(index, heads, dim) {
+                            decoder_block(hidden.host()?, &view, std::slice::from_mut(cache), scratch);
+                            continue;
+                        }
+                    }
+                    Some(_) => {}
+                }
+            }
             let layer_cache = cache.as_mut().map(|c| c.layer_mut(index));
-            x = block.forward(x, ctx, adapter.and_then(|a| a.block(index)), layer_cache);
+            hidden = Hidden::Tensor(block.forward(hidden.into_tensor(&self.device), ctx, lora, layer_cache));
         }
-        Ok(x)
+        Ok(hidden.into_tensor(&self.device))
     }
 
     /// Runs `block` in the place of block `index` on the hidden state `x`, `[batch, tokens, d]`, from position 0.

@@ -15,7 +15,7 @@
 //! order, so that the values are equal bit for bit: `x - y` and `x + (-y)` are the same float.
 
 use burn::tensor::Bytes;
-use edgellm_kernels::{Format, KernelError, PackedHost, PackedLayout, QuantFormat, ScaleType};
+use edgellm_kernels::{Format, KernelError, PackedHost, PackedLayout, QuantFormat, ScaleType, SparsePattern};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -55,7 +55,7 @@ pub fn packed_format(ggml_type: GgmlType) -> Format {
         GgmlType::Q5_K => (5, 32, false, ScaleType::F32),
         GgmlType::Q6_K => (6, 16, true, ScaleType::F32),
     };
-    Format::Quantized(QuantFormat { bit_width, group_size, symmetric, scale_type })
+    Format::Quantized(QuantFormat { bit_width, group_size, symmetric, scale_type, pattern: SparsePattern::Dense })
 }
 
 /// The values of a tensor of any type.

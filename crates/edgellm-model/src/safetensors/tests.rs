@@ -81,3 +81,26 @@ fn the_writer_refuses_what_was_not_announced() {
     assert!(SafetensorsWriter::create(&path, &[huge]).is_err());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing may be left");
 }
+
+#[test]
+fn parts_of_several_tensors_make_whole_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.safetensors");
+    let specs = [TensorSpec::new("a", Dtype::U8, [5]), TensorSpec::new("b", Dtype::U8, [3])];
+    let mut writer = SafetensorsWriter::create(&path, &specs).unwrap();
+    for (name, content) in [("b", &[1u8][..]), ("a", &[1, 2]), ("b", &[2, 3]), ("a", &[3, 4, 5])] {
+        writer.append(name, content).unwrap();
+    }
+    let error = writer.append("b", &[4]).unwrap_err().to_string();
+    assert!(error.contains("expected 3 bytes, found 1 bytes after 3 bytes"), "{error}");
+    assert!(writer.write("a", &[0; 5]).unwrap_err().to_string().contains("twice"));
+    writer.finish().unwrap();
+    let read = Safetensors::open(&path).unwrap();
+    assert_eq!((read.slice("a").unwrap(), read.slice("b").unwrap()), (&[1, 2, 3, 4, 5][..], &[1, 2, 3][..]));
+
+    let mut writer = SafetensorsWriter::create(&path, &specs).unwrap();
+    writer.write("b", &[0; 3]).unwrap();
+    writer.append("a", &[0; 4]).unwrap();
+    assert!(writer.finish().unwrap_err().to_string().contains("found 4 of 5"));
+    assert_eq!(Safetensors::open(&path).unwrap().slice("b").unwrap(), [1, 2, 3], "the old file stays");
+}

@@ -39,7 +39,8 @@ impl TensorSpec {
 struct Slot {
     start: u64,
     len: usize,
-    written: bool,
+    /// Bytes written so far; `None` before the first.
+    filled: Option<usize>,
 }
 
 /// Writes a safetensors file tensor by tensor. Dropped before [`finish`](Self::finish), it leaves nothing, and a
@@ -63,7 +64,7 @@ impl SafetensorsWriter {
         let mut file = AtomicFile::create(path)?;
         file.write_all(&header).map_err(|e| ModelError::io_on("write", path, e))?;
         let slots = layout.into_iter().map(|(spec, start, len)| {
-            (spec.name.clone(), Slot { start: data_start + start as u64, len, written: false })
+            (spec.name.clone(), Slot { start: data_start + start as u64, len, filled: None })
         });
         Ok(Self { file, position: data_start, slots: slots.collect() })
     }
@@ -73,33 +74,56 @@ impl SafetensorsWriter {
     /// # Errors
     /// The tensor was not announced or is already written, its size is another, or the file cannot be written.
     pub fn write(&mut self, name: &str, content: &[u8]) -> Result<()> {
+        let len = self.slot(name)?.len;
+        if len != content.len() {
+            return Err(ModelError::tensor(self.file.target(), name, bytes(len), bytes(content.len())));
+        }
+        if self.slot(name)?.filled.is_some() {
+            return Err(ModelError::tensor(self.file.target(), name, "every tensor once", "the tensor twice"));
+        }
+        self.append(name, content)
+    }
+
+    /// Writes the next bytes of a tensor, for tensors that are not held whole. Several tensors may be appended to in turn.
+    ///
+    /// # Errors
+    /// The tensor was not announced, these are more bytes than it has left, or the file cannot be written.
+    pub fn append(&mut self, name: &str, content: &[u8]) -> Result<()> {
+        let position = self.position;
+        let slot = self.slot(name)?;
+        let filled = slot.filled.unwrap_or(0);
+        let (len, start) = (slot.len, slot.start + filled as u64);
+        if len - filled < content.len() {
+            let found = format!("{} after {}", bytes(content.len()), bytes(filled));
+            return Err(ModelError::tensor(self.file.target(), name, bytes(len), found));
+        }
+        slot.filled = Some(filled + content.len());
         let path = self.file.target().to_owned();
-        let Some(slot) = self.slots.get_mut(name) else {
-            return Err(ModelError::tensor(&path, name, "one of the tensors announced", "another name"));
-        };
-        if slot.len != content.len() {
-            return Err(ModelError::tensor(&path, name, bytes(slot.len), bytes(content.len())));
-        }
-        if slot.written {
-            return Err(ModelError::tensor(&path, name, "every tensor once", "the tensor twice"));
-        }
         let failed = |e| ModelError::io_on("write", &path, e);
-        if self.position != slot.start {
-            self.file.seek(SeekFrom::Start(slot.start)).map_err(failed)?;
+        if position != start {
+            self.file.seek(SeekFrom::Start(start)).map_err(failed)?;
         }
         self.file.write_all(content).map_err(failed)?;
-        self.position = slot.start + content.len() as u64;
-        slot.written = true;
+        self.position = start + content.len() as u64;
         Ok(())
+    }
+
+    fn slot(&mut self, name: &str) -> Result<&mut Slot> {
+        let path = self.file.target();
+        match self.slots.get_mut(name) {
+            Some(slot) => Ok(slot),
+            None => Err(ModelError::tensor(path, name, "one of the tensors announced", "another name")),
+        }
     }
 
     /// Syncs the file and puts it in its place.
     ///
     /// # Errors
-    /// A tensor is missing, or the file cannot be synced or renamed.
+    /// A tensor is missing or not whole, or the file cannot be synced or renamed.
     pub fn finish(self) -> Result<()> {
-        if let Some((name, _)) = self.slots.iter().find(|(_, slot)| !slot.written) {
-            return Err(ModelError::tensor(self.file.target(), name, "its bytes before the end", "none"));
+        if let Some((name, slot)) = self.slots.iter().find(|(_, slot)| slot.filled != Some(slot.len)) {
+            let found = slot.filled.map_or_else(|| "none".to_owned(), |filled| format!("{filled} of {}", slot.len));
+            return Err(ModelError::tensor(self.file.target(), name, "its bytes before the end", found));
         }
         self.file.commit()
     }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use edgellm::kernels::{Format, PackedHost};
+use edgellm::kernels::{Arrangement, Format, PackedHost};
 use edgellm::luc::{Applied, Rtn, bits_per_weight, compress_model, uniform_policy};
 use edgellm::model::files::ModelFiles;
 use edgellm::model::save::ModelWriter;
@@ -25,12 +25,16 @@ pub(crate) struct Compress {
     /// The policy, as `edgellm plan` wrote it
     #[arg(long, value_name = "POLICY.toml", group = "formats")]
     policy: Option<PathBuf>,
-    /// One format for everything, such as q4g32a; f16 and f32 write a plain model that other programs read
+    /// One format for everything, such as q4g32a, or pruned: q4g32a-2:4, q4g32s-b50 (half of the weights kept); f16 and
+    /// f32 write a plain model that other programs read
     #[arg(long, value_name = "FORMAT", group = "formats")]
     format: Option<String>,
     /// The model directory to write
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
+    /// Write the packed weights as the CPU's integer kernels use them, so that loading does not prepare them
+    #[arg(long)]
+    prepare: bool,
     /// Replace the directory if it is there
     #[arg(long)]
     force: bool,
@@ -58,6 +62,7 @@ impl Compress {
             (None, Some(format)) => uniform_policy(files.config().n_layers, format).map_err(usage)?,
             (None, None) => return Err(Usage("expected --policy or --format".into()).into()),
         };
+        let arrangement = if self.prepare { Arrangement::Panels } else { Arrangement::Rows };
         let mut progress = ctx.progress("compress", 0, Counted::Items("tensors"));
         let applied = interrupt::stoppable(|| {
             let on_tensor = &mut |step: edgellm::luc::Progress<'_>| {
@@ -65,7 +70,7 @@ impl Compress {
                 progress.set_with(step.done as u64, step.what.to_string());
                 interrupt::checkpoint();
             };
-            Ok(compress_model(&files, &policy, &Rtn, &self.output, self.force, on_tensor)?)
+            Ok(compress_model(&files, &policy, &Rtn, arrangement, &self.output, self.force, on_tensor)?)
         })?;
         progress.finish();
         self.report(ctx, applied)
@@ -120,9 +125,13 @@ fn same_place(a: &std::path::Path, b: &std::path::Path) -> bool {
 fn parse_format(name: &str) -> anyhow::Result<LayerFormat> {
     let format = Format::parse(name).map_err(|e| Usage(format!("--format: {e}")))?;
     let layer = LayerFormat::of(format);
-    if layer.packed().map_err(usage)? != format {
-        let text =
-            format!("--format: expected f32, f16 or a quantized format with f16 scales such as q4g32a, found {name}");
+    let stored = layer.packed().map_err(usage)?;
+    if stored != format {
+        let text = if format.quantized().is_some_and(|q| q.is_sparse()) {
+            format!("--format: {name} is not smaller than {stored}; expected a format that keeps fewer weights")
+        } else {
+            format!("--format: expected f32, f16 or a quantized format with f16 scales such as q4g32a, found {name}")
+        };
         return Err(Usage(text).into());
     }
     Ok(layer)
@@ -137,7 +146,11 @@ mod tests {
         for name in ["f32", "f16", "q4g32a", "q3g64s", "q8g128a"] {
             assert_eq!(parse_format(name).unwrap().to_string(), name);
         }
-        for bad in ["", "q7g32a", "q4g33a", "int4", "bf16", "q4g32a-f32"] {
+        for (name, sparsity) in [("q4g32a-2:4", 0.5), ("q3g64s-4:8", 0.5), ("q4g32s-b50", 0.5), ("q8g32a-b30", 0.7)] {
+            let format = parse_format(name).unwrap();
+            assert_eq!((format.packed().unwrap().name().as_str(), format.sparsity), (name, sparsity));
+        }
+        for bad in ["", "q7g32a", "q4g33a", "int4", "bf16", "q4g32a-f32", "q4g32s-1:4", "q4g32s-b75"] {
             assert!(parse_format(bad).unwrap_err().is::<Usage>(), "{bad}");
         }
     }

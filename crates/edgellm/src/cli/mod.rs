@@ -1,6 +1,7 @@
 //! The command line: arguments that all commands share, dispatch, logging and exit codes.
 
 mod adapt;
+mod bench;
 mod compress;
 mod data;
 mod devices;
@@ -24,6 +25,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use edgellm::device::DeviceChoice;
+use edgellm::kernels::{Isa, force_isa};
+use edgellm::model::decoder::Activations;
 use edgellm::session::{LoadedModel, load_model};
 use edgellm::store::Store;
 use serde_json::Value;
@@ -59,6 +62,12 @@ struct Global {
     /// Where to compute: auto, flex (or cpu), ndarray, wgpu
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
     device: DeviceChoice,
+    /// Activations in products with quantized weights on the CPU: int8 (fast) or f32 (the reference)
+    #[arg(long, global = true, default_value = "int8", value_name = "PRECISION")]
+    activations: Activations,
+    /// Instruction set of the CPU kernels, for tests and comparisons (default: the best; see `edgellm devices`)
+    #[arg(long, global = true, value_name = "ISA")]
+    isa: Option<String>,
     /// Threads for computing (default: all cores)
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -76,6 +85,7 @@ enum Command {
     Adapt(adapt::Adapt),
     Eval(eval::Eval),
     Run(run::Run),
+    Bench(bench::Bench),
 }
 
 /// What every command works with.
@@ -85,6 +95,7 @@ pub(crate) struct Context {
     verbose: u8,
     threads: Option<u16>,
     device: DeviceChoice,
+    activations: Activations,
     store: Store,
 }
 
@@ -110,7 +121,7 @@ impl Context {
     pub(crate) fn load(&self, name: &str) -> anyhow::Result<LoadedModel> {
         let path = self.store.resolve(name)?;
         // A device that is not there is reported before a file is read.
-        let options = self.device.load_options()?;
+        let options = self.device.load_options(self.activations)?;
         let start = std::time::Instant::now();
         let model = load_model(&path, &options)?;
         tracing::info!(path = %path.display(), device = %self.device, seconds = start.elapsed().as_secs_f64(), "loaded");
@@ -206,15 +217,28 @@ fn log_to_stderr(verbose: u8, quiet: bool) {
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let global = cli.global;
     interrupt::install()?;
-    if let Some(threads) = global.threads {
+    if let Some(name) = &global.isa {
+        let isa = Isa::ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| {
+            let all: Vec<&str> = Isa::ALL.into_iter().map(Isa::name).collect();
+            Usage(format!("--isa: {name} is no instruction set; expected one of {}", all.join(", ")))
+        })?;
+        force_isa(isa).map_err(|error| Usage(format!("--isa: {error}")))?;
+    }
+    let threads = match &cli.command {
+        Command::Bench(bench) => bench.threads().or(global.threads),
+        _ => global.threads,
+    };
+    if let Some(threads) = threads {
+        edgellm::kernels::set_threads(usize::from(threads));
         rayon::ThreadPoolBuilder::new().num_threads(usize::from(threads)).build_global()?;
     }
     let ctx = Context {
         json: global.json,
         quiet: global.quiet,
         verbose: global.verbose,
-        threads: global.threads,
+        threads,
         device: global.device,
+        activations: global.activations,
         store: environment::store()?,
     };
     match cli.command {
@@ -228,6 +252,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Adapt(command) => command.run(&ctx),
         Command::Eval(command) => command.run(&ctx).map(success),
         Command::Run(command) => command.run(&ctx).map(success),
+        Command::Bench(command) => command.run(&ctx).map(success),
     }
 }
 

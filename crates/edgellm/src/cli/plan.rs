@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use edgellm::luc::{Paper, PolicyCost, Solve, Uniform, bits_per_weight, matrices_bytes, policy_cost};
 use edgellm::model::traits::PolicySolver;
 use edgellm::model::values::{
-    Budget, CompressionPolicy, LayerFormat, MatrixShape, Measurement, read_value, write_value,
+    Budget, CompressionPolicy, LayerFormat, MatrixShape, Measurement, Pattern, read_value, write_value,
 };
 use serde_json::json;
 
@@ -36,9 +36,12 @@ pub(crate) struct Plan {
     /// Weights that share a scale, with --bits
     #[arg(long, value_name = "G")]
     group_size: Option<u16>,
-    /// Mean share of weights to prune (paper)
+    /// Mean share of weights to prune (paper), or the share of every unit (uniform, with --bits)
     #[arg(long, allow_negative_numbers = true, value_name = "P", default_value_t = 0.0)]
     target_sparsity: f64,
+    /// Which weights to prune (uniform, with --bits): dense, unstructured, 2:4 or 4:8
+    #[arg(long, value_name = "PATTERN")]
+    pattern: Option<Pattern>,
     /// How much wider a sensitive unit gets (paper)
     #[arg(long, value_name = "BITS", default_value_t = 1)]
     step: u8,
@@ -90,8 +93,27 @@ impl Plan {
                 "--bits goes with --solver uniform or paper; --solver solve takes --target-bpw or --target-size".into(),
             );
         }
-        if self.solver != Solver::Paper && self.target_sparsity > 0.0 {
-            return bad("--target-sparsity goes with --solver paper".into());
+        let one_format = self.solver == Solver::Uniform && self.bits.is_some();
+        if self.solver != Solver::Paper && !one_format && self.target_sparsity > 0.0 {
+            return bad("--target-sparsity goes with --solver paper, or with --solver uniform and --bits".into());
+        }
+        match self.pattern {
+            None => {}
+            Some(_) if !one_format => return bad("--pattern goes with --solver uniform and --bits".into()),
+            Some(Pattern::Dense) if self.target_sparsity > 0.0 => {
+                return bad(format!(
+                    "--pattern dense prunes nothing; found --target-sparsity {}",
+                    self.target_sparsity
+                ));
+            }
+            Some(Pattern::Unstructured) if self.target_sparsity == 0.0 => {
+                return bad("--pattern unstructured: expected a --target-sparsity above 0".into());
+            }
+            Some(pattern) if pattern.n_of_m().is_some() && ![0.0, 0.5].contains(&self.target_sparsity) => {
+                let found = self.target_sparsity;
+                return bad(format!("--pattern {pattern} prunes half of the weights; found --target-sparsity {found}"));
+            }
+            Some(_) => {}
         }
         if self.group_size.is_some() && self.bits.is_none() {
             return bad("--group-size goes with --bits".into());
@@ -103,10 +125,17 @@ impl Plan {
     }
 
     fn format(&self, bits: u8) -> LayerFormat {
-        if bits >= 16 {
+        let format = if bits >= 16 {
             LayerFormat::float(bits)
         } else {
             LayerFormat::quantized(bits, self.group_size.unwrap_or(32), false)
+        };
+        match self.pattern {
+            Some(pattern) if pattern.n_of_m().is_some() => format.with_n_of_m(pattern),
+            _ if self.solver == Solver::Uniform && self.target_sparsity > 0.0 => {
+                format.with_sparsity(self.target_sparsity)
+            }
+            _ => format,
         }
     }
 
@@ -148,7 +177,7 @@ impl Plan {
             ]);
             units.push(json!({
                 "unit": unit.unit, "format": format.to_string(), "bits": format.bit_width, "bits_per_weight": bits,
-                "bytes": size, "sparsity": format.sparsity, "sensitivity": sensitivity,
+                "bytes": size, "sparsity": format.sparsity, "pattern": format.pattern, "sensitivity": sensitivity,
             }));
         }
         let json = json!({
