@@ -42,8 +42,8 @@ pub(crate) fn build() -> Result<String> {
     Ok(format!("{} test programs and the command", tests.len()))
 }
 
-/// Runs the kernels' tests as the given processor.
-pub(crate) fn kernel_tests(cpu: &str) -> Result<String> {
+/// Runs the kernels' tests as the given processor, whose best instruction set must be `best`.
+pub(crate) fn kernel_tests(cpu: &str, best: &str) -> Result<String> {
     let shell = repo::shell()?;
     let programs = test_programs()?;
     let kernels: Vec<_> = programs.iter().filter(|(package, _)| package.contains("edgellm-kernels")).collect();
@@ -52,7 +52,13 @@ pub(crate) fn kernel_tests(cpu: &str) -> Result<String> {
     for (_, program) in &kernels {
         cmd!(shell, "timeout {LIMIT} {EMULATOR} -cpu {cpu} -L {SYSROOT} {program}").quiet().run()?;
     }
-    Ok(format!("{} test programs on {cpu}", kernels.len()))
+    // The suites pass whatever is present, so that what ran must be read off.
+    let suites = kernels.iter().find(|(_, program)| program.to_string_lossy().contains("conformance"));
+    let (_, suites) = suites.context("the kernels have no conformance tests")?;
+    let ran = cmd!(shell, "timeout {LIMIT} {EMULATOR} -cpu {cpu} -L {SYSROOT} {suites} --nocapture swiglu");
+    let ran = ran.quiet().ignore_stdout().read_stderr()?;
+    ensure!(ran.contains(&format!("flex ({best}) ran, ndarray")), "{best} is not the best that ran on {cpu}: {ran}");
+    Ok(format!("{} test programs on {cpu}, up to {best}", kernels.len()))
 }
 
 /// Runs the command on the fixture as the given processor; its perplexity must be this machine's.

@@ -20,6 +20,7 @@ pub(crate) struct Edgellm {
     program: Vec<PathBuf>,
     device: Option<String>,
     quiet: bool,
+    in_f32: bool,
 }
 
 impl Edgellm {
@@ -41,7 +42,7 @@ impl Edgellm {
 
     /// A binary that is there already.
     pub(crate) fn at(shell: Shell, binary: PathBuf) -> Self {
-        Self { shell, program: vec![binary], device: None, quiet: false }
+        Self { shell, program: vec![binary], device: None, quiet: false, in_f32: false }
     }
 
     /// The same command under an emulator.
@@ -62,6 +63,12 @@ impl Edgellm {
         self
     }
 
+    /// The same command with activations in f32: the reference.
+    pub(crate) fn in_f32(mut self) -> Self {
+        self.in_f32 = true;
+        self
+    }
+
     /// The same command without progress and messages.
     pub(crate) fn quietly(mut self) -> Self {
         self.quiet = true;
@@ -74,7 +81,8 @@ impl Edgellm {
         let shown = args.clone();
         let (program, rest) = self.program.split_first().context("a program")?;
         let device = self.device.iter().flat_map(|d| ["--device", d]);
-        let options: Vec<&str> = device.chain(self.quiet.then_some("--quiet")).collect();
+        let precision = self.in_f32.then_some("--activations=f32");
+        let options: Vec<&str> = device.chain(self.quiet.then_some("--quiet")).chain(precision).collect();
         let text = cmd!(self.shell, "{program} {rest...} {args...} {options...} --json").quiet().read()?;
         serde_json::from_str(&text).with_context(|| format!("edgellm {shown:?} did not print JSON: {text:.200}"))
     }

@@ -35,7 +35,7 @@ impl Golden {
             Some(binary) => Edgellm::at(repo::shell()?, binary.clone()),
             None => Edgellm::build(features)?,
         };
-        let edgellm = edgellm.on(&self.device).quietly();
+        let edgellm = edgellm.on(&self.device).quietly().in_f32();
         edgellm.pull(SMOLLM2)?;
         let parts = if self.prompts_only { Parts::Prompts } else { Parts::All };
         compare(&edgellm, &folder, tolerance(&self.device), parts).map(drop)

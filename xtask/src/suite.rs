@@ -39,7 +39,7 @@ struct Step {
 const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
 const NO_GOLDEN: &str = "no ../shared/golden";
 
-const STEPS: [Step; 19] = [
+const STEPS: [Step; 20] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
@@ -47,11 +47,20 @@ const STEPS: [Step; 19] = [
     Step { name: "demo on the fixture", quick: true, run: demo_run },
     Step { name: "operators on ndarray and wgpu", quick: false, run: wgpu_operators },
     Step { name: "aarch64: build", quick: false, run: || on_aarch64(cross::build) },
-    Step { name: "aarch64: kernels, -cpu max", quick: false, run: || on_aarch64(|| cross::kernel_tests("max")) },
+    Step {
+        name: "aarch64: kernels, -cpu max",
+        quick: false,
+        run: || on_aarch64(|| cross::kernel_tests("max", "neon+i8mm")),
+    },
+    Step {
+        name: "aarch64: kernels, -cpu cortex-a76",
+        quick: false,
+        run: || on_aarch64(|| cross::kernel_tests("cortex-a76", "neon+dotprod")),
+    },
     Step {
         name: "aarch64: kernels, -cpu cortex-a57",
         quick: false,
-        run: || on_aarch64(|| cross::kernel_tests("cortex-a57")),
+        run: || on_aarch64(|| cross::kernel_tests("cortex-a57", "neon")),
     },
     Step { name: "aarch64: the command", quick: false, run: || on_aarch64(|| cross::command("max")) },
     Step {

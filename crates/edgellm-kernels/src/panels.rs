@@ -275,12 +275,12 @@ impl<'a> Panels<'a> {
             let mut kept = 0;
             for (quad, codes) in quads.iter_mut().enumerate() {
                 let mask = self.sparse_mask(panel, block, quad);
-                let mut at = next + (mask & ((1 << (4 * lane)) - 1)).count_ones() as usize;
-                for byte in (0..4).filter(|byte| mask >> (4 * lane + byte) & 1 == 1) {
+                let first = next + (mask & ((1 << (4 * lane)) - 1)).count_ones() as usize;
+                let bytes = (0..4).filter(|byte| mask >> (4 * lane + byte) & 1 == 1);
+                for (at, byte) in (first..).zip(bytes) {
                     *codes =
                         *codes & !(0xff << (8 * byte)) | u32::from(stream.get(at).copied().unwrap_or(0)) << (8 * byte);
                     kept |= 1 << (4 * quad + byte);
-                    at += 1;
                 }
                 next += mask.count_ones() as usize;
             }

@@ -5,12 +5,15 @@
 //! where the processor has it; the best one is chosen at first use, [`kernels`] tells which, and [`force_isa`]
 //! changes it for tests and comparisons.
 //!
-//! | instruction set | vector | unpacks codes with |
-//! |---|---|---|
-//! | `scalar` | 8 floats as an array | shifts of a 64-bit word |
-//! | `neon` | 2 x 4 floats | table lookup, shift by lane |
-//! | `avx2` (with FMA and F16C) | 8 floats | byte shuffle, shift by lane |
-//! | `avx512` (F and BW) | 16 floats | byte shuffle, shift by lane |
+//! | instruction set | row kernels: vector | unpack codes with | integer kernels: products of bytes |
+//! |---|---|---|---|
+//! | `scalar` | 8 floats as an array | shifts of a 64-bit word | one by one |
+//! | `neon` | 2 x 4 floats | table lookup, shift by lane | `smlal`, in 16 bits |
+//! | `neon+dotprod` | as `neon` | as `neon` | `sdot` |
+//! | `neon+i8mm` | as `neon` | as `neon` | `sdot`; for many tokens `smmla` |
+//! | `avx2` (with FMA, F16C and POPCNT) | 8 floats | byte shuffle, shift by lane | `vpmaddubsw`, in 16 bits |
+//! | `avx512` (F and BW) | 16 floats | byte shuffle, shift by lane | as `avx2` |
+//! | `avx512vnni` (with VL, DQ and VBMI2) | as `avx512` | as `avx512` | `vpdpbusd` |
 //!
 //! This module tree is the crate's only unsafe code: intrinsics, the call into the `gemm` crate, and handing out
 //! disjoint columns of one buffer to several threads.

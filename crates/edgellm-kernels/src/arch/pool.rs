@@ -153,7 +153,7 @@ impl Pool {
         let mut spins = 0u32;
         while self.state.load(Ordering::Acquire) & ACTIVE != 0 {
             spins += 1;
-            if spins % 4096 == 0 { std::thread::yield_now() } else { core::hint::spin_loop() }
+            if spins.is_multiple_of(4096) { std::thread::yield_now() } else { core::hint::spin_loop() }
         }
         if let Err(panic) = own {
             resume_unwind(panic);
@@ -223,7 +223,7 @@ impl Pool {
                 }
                 core::hint::spin_loop();
                 spins += 1;
-                if spins % 64 == 0 && start.elapsed() > SPIN {
+                if spins.is_multiple_of(64) && start.elapsed() > SPIN {
                     break;
                 }
             }

@@ -64,7 +64,7 @@ impl BlockView<'_> {
     pub fn is_supported(&self) -> bool {
         let lora_is_plain = |lora: &Lora| !lora.a.device().is_autodiff() && !lora.b.device().is_autodiff();
         let plain = |l: &BlockLinear<'_>| l.weight.host().is_some() && l.lora.is_none_or(lora_is_plain);
-        self.head_dim % crate::arch::KEYS == 0
+        self.head_dim.is_multiple_of(crate::arch::KEYS)
             && self.linears.iter().all(plain)
             && !self.attn_norm.device().is_autodiff()
     }

@@ -133,7 +133,7 @@ impl BlockCache {
     /// # Panics
     /// If `dim` is not a multiple of 16.
     pub fn new(kind: CacheType, heads: usize, dim: usize) -> Self {
-        assert!(dim > 0 && dim % KEYS == 0, "heads of {dim} dimensions");
+        assert!(dim > 0 && dim.is_multiple_of(KEYS), "heads of {dim} dimensions");
         let store = || Store::new(kind, 0, dim);
         BlockCache { kind, heads, dim, len: 0, capacity: 0, keys: store(), values: store() }
     }
@@ -171,7 +171,7 @@ impl BlockCache {
     /// Appends `[tokens, heads * dim]` keys and values.
     pub(super) fn append(&mut self, keys: &[f32], values: &[f32]) {
         let width = self.heads * self.dim;
-        assert!(keys.len() == values.len() && keys.len() % width == 0, "keys and values of width {width}");
+        assert!(keys.len() == values.len() && keys.len().is_multiple_of(width), "keys and values of width {width}");
         let tokens = keys.len() / width;
         self.reserve(self.len + tokens);
         let mut half = vec![f16::ZERO; self.dim];

@@ -117,8 +117,10 @@ fn devices_are_those_of_the_features() {
     assert_eq!(present.iter().filter(|d| d.isa.is_none()).count() + absent.len(), 2);
     #[cfg(target_arch = "x86_64")]
     {
-        let avx2 =
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("popcnt");
         assert_eq!(has("flex (avx2)"), avx2);
         let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
         assert_eq!(has("flex (avx512)"), avx512);

@@ -8,13 +8,13 @@ use edgellm_kernels::{BlockCache, BlockScratch, CacheType};
 /// Keys and values of one block: as tensors, or as the CPU's kernels want them.
 #[derive(Clone, Debug)]
 pub(crate) enum LayerCache {
-    Tensors(TensorCache),
+    Tensors(Box<TensorCache>),
     Host(BlockCache),
 }
 
 impl Default for LayerCache {
     fn default() -> Self {
-        LayerCache::Tensors(TensorCache::default())
+        LayerCache::Tensors(Box::default())
     }
 }
 

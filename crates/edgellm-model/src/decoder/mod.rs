@@ -43,6 +43,7 @@ pub struct Decoder {
 }
 
 /// A hidden state, where the last block left it.
+#[expect(clippy::large_enum_variant, reason = "one value, on the stack")]
 enum Hidden {
     Tensor(Tensor<3>),
     Host(Vec<f32>, [usize; 3]),

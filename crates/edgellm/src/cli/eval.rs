@@ -171,6 +171,7 @@ impl Eval {
         }
         if let Some(d) = &results.divergence {
             row("KL from the base", format!("{:.5} nats", d.kl));
+            row("KL, second half", format!("{:.5} nats", d.second_half_kl));
             row("same likeliest token", format!("{:.2}%", d.top1_agreement * 100.0));
         }
         for exit in results.heldout.iter().flat_map(|h| &h.by_exit) {

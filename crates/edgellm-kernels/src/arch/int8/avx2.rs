@@ -12,7 +12,7 @@ use super::{PLACES, Vector};
 use crate::arch::avx2::Avx2;
 use crate::panels::Panels;
 
-entries!(Avx2, "avx2,fma,f16c");
+entries!(Avx2, "avx2,fma,f16c,popcnt");
 
 /// Puts the bytes of a 4 x 4 matrix in each half in the order of the transposed matrix.
 ///

@@ -7,7 +7,7 @@ use super::kernels::{self, Task, entries};
 use crate::arch::avx512::Avx512;
 use crate::panels::Panels;
 
-/// Proof that the processor has AVX-512 F, BW, VL, DQ, VNNI and VBMI2.
+/// Proof that the processor has AVX-512 F, BW, VL, DQ, VNNI, VBMI2 and VPOPCNTDQ (Ice Lake, Zen 4, and later).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx512Vnni(Avx512);
 
@@ -17,7 +17,9 @@ impl Avx512Vnni {
         let has = is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vbmi2");
+            && is_x86_feature_detected!("avx512vbmi2")
+            && is_x86_feature_detected!("avx512vpopcntdq")
+            && is_x86_feature_detected!("popcnt");
         has.then_some(Avx512Vnni(rows))
     }
 
@@ -27,7 +29,7 @@ impl Avx512Vnni {
     }
 }
 
-entries!(Avx512Vnni, "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,avx2,fma,f16c");
+entries!(Avx512Vnni, "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi2,avx512vpopcntdq,avx2,fma,f16c,popcnt");
 
 // SAFETY: every function uses only the proven instruction sets, and reads or writes the bytes that the trait names.
 unsafe impl Vector for Avx512Vnni {
@@ -36,6 +38,12 @@ unsafe impl Vector for Avx512Vnni {
     type F = __m512;
     const TILE: usize = 12;
     const BIAS: u32 = 0;
+
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: a hint, which never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> __m512i {

@@ -9,6 +9,8 @@ use crate::arch::matmul::ColumnsMut;
 use crate::format::{BLOCK, PANEL_ROWS, ScaleType};
 use crate::panels::Panels;
 
+/// How far ahead codes are fetched.
+const AHEAD: usize = 4096;
 /// Most tokens for which codes are unpacked in registers.
 const FEW: usize = 4;
 /// Rows of a block of the backward pass.
@@ -277,6 +279,9 @@ pub(in crate::arch) trait Source<L: Vector> {
     /// # Safety
     /// The block exists; the instruction set is `L`.
     unsafe fn quad(&self, block: usize, quad: usize) -> L::V;
+    /// Asks for what will be read some blocks later.
+    #[inline(always)]
+    fn prefetch(&self, _block: usize) {}
     /// Scales and minima of a part of a block.
     ///
     /// # Safety
@@ -382,6 +387,13 @@ impl<L: Vector, const B: usize, const PARTS: usize> Source<L> for Stored<B, PART
     const BITS: usize = B;
 
     #[inline(always)]
+    fn prefetch(&self, block: usize) {
+        for line in 0..B {
+            L::prefetch(self.words.wrapping_add(64 * (B * block + line) + AHEAD));
+        }
+    }
+
+    #[inline(always)]
     unsafe fn quad(&self, block: usize, quad: usize) -> L::V {
         // SAFETY: the block exists.
         unsafe {
@@ -478,6 +490,7 @@ unsafe fn tile<L: Vector, S: Source<L>, const T: usize>(source: &S, x: Tile<'_>,
         let mut sums = [L::splat(0.0); T];
         let mut codes = x.codes.as_ptr();
         for block in 0..x.blocks {
+            source.prefetch(block);
             if S::PARTS == 2 {
                 let acc = L::sum::<S, T, 4>(source, block, 0, codes);
                 finish!(sums, acc, block, 0, |at| x.halves.as_ptr().add(at).read()[0]);
@@ -551,6 +564,9 @@ struct Kept<'a, const B: usize> {
     codes: &'a [u8],
     /// The next code.
     next: Cell<usize>,
+    /// The next panel, and its cache lines for each block of this one.
+    following: *const u8,
+    lines: usize,
     fill: u8,
     scales: *const u8,
     layout: Scales,
@@ -559,6 +575,13 @@ struct Kept<'a, const B: usize> {
 impl<L: Vector, const B: usize> Source<L> for Kept<'_, B> {
     const PARTS: usize = 1;
     const BITS: usize = B;
+
+    #[inline(always)]
+    fn prefetch(&self, block: usize) {
+        for line in 0..self.lines {
+            L::prefetch(self.following.wrapping_add(64 * (self.lines * block + line)));
+        }
+    }
 
     /// Quads are asked for in order.
     #[inline(always)]
@@ -600,19 +623,21 @@ unsafe fn unpack_kept<L: Vector, const B: usize>(
     let chunks = range.start / BLOCK_BYTES..range.end.div_ceil(BLOCK_BYTES);
     // A mask of all bits reads up to its codes and no further than the 64 bytes beyond.
     assert!(chunks.end * 16 * B <= packed.len(), "kept codes {range:?} of {}", matrix.layout());
-    codes.resize(chunks.len() * BLOCK_BYTES + 64, 0);
+    codes.resize(chunks.len() * BLOCK_BYTES + 2 * 64, 0);
+    // Stores that cross cache lines would take twice as long.
+    let aligned = codes.as_ptr().align_offset(64);
     for (i, chunk) in chunks.clone().enumerate() {
         // SAFETY: the chunk lies in the panel, and the buffer has a place for it.
         unsafe {
             let from: *const u8 = packed.as_ptr().add(chunk * 16 * B).cast();
-            let to = codes.as_mut_ptr().add(i * BLOCK_BYTES);
+            let to = codes.as_mut_ptr().add(aligned + i * BLOCK_BYTES);
             macro_rules! quads {
                 ($($quad:literal)*) => { $( L::store(to.add(64 * $quad), unpack::<L, B>(from, $quad)); )* };
             }
             quads!(0 1 2 3 4 5 6 7);
         }
     }
-    range.start - chunks.start * BLOCK_BYTES
+    aligned + range.start - chunks.start * BLOCK_BYTES
 }
 
 /// As [`few`], for sparse formats.
@@ -629,12 +654,15 @@ pub(super) unsafe fn few_kept<L: Vector, const B: usize>(task: &mut Task<'_, '_>
         // are unpacked.
         unsafe {
             let end = kept_before(&matrix, panel, matrix.blocks());
-            unpack_kept::<L, B>(&matrix, panel, 0..end, &mut codes);
+            let start = unpack_kept::<L, B>(&matrix, panel, 0..end, &mut codes);
+            let words = matrix.panel_words(panel);
             for (first, x) in task.x.tiles() {
                 let source = Kept::<B> {
-                    masks: matrix.panel_words(panel).as_ptr().cast(),
+                    masks: words.as_ptr().cast(),
                     codes: &codes,
-                    next: Cell::new(0),
+                    next: Cell::new(start),
+                    following: words.as_ptr_range().end.cast(),
+                    lines: words.len().div_ceil(16 * x.blocks),
                     fill: matrix.format().zero_point() as u8,
                     scales: matrix.panel_scales(panel).as_ptr().cast(),
                     layout,

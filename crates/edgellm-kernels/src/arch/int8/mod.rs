@@ -130,6 +130,9 @@ pub(super) unsafe trait Vector: Copy {
     /// What `centre` subtracts from a byte.
     const BIAS: u32;
 
+    /// Asks for a cache line, which need not exist.
+    #[inline(always)]
+    fn prefetch(_p: *const u8) {}
     /// 64 bytes.
     unsafe fn load(p: *const u8) -> Self::V;
     /// 64 bytes.

@@ -173,6 +173,19 @@ unsafe fn smlal2(mut acc: int16x8_t, v: int8x16_t, x: int8x16_t) -> int16x8_t {
     acc
 }
 
+/// Makes the compiler compute these sums before it loads what follows. Otherwise it starts on many quads at once and
+/// runs out of registers.
+///
+/// # Safety
+/// The processor has Advanced SIMD.
+#[inline(always)]
+unsafe fn in_order<const T: usize>(sums: &mut [[[int16x8_t; 2]; 4]; T]) {
+    for [low, high] in sums.as_flattened_mut() {
+        // SAFETY: no instructions.
+        unsafe { asm!("/* {0:v} {1:v} */", inout(vreg) * low, inout(vreg) * high, options(nostack, preserves_flags)) }
+    }
+}
+
 /// [`Vector::sum`] with products of 16 bits, which are added there as long as they fit.
 ///
 /// # Safety
@@ -196,6 +209,7 @@ unsafe fn sum_products<L: Lanes, S: Source<L>, const T: usize, const N: usize>(
                         [vmlal_s8(low, vget_low_s8(v), vget_low_s8(x)), smlal2(high, v, x)]
                     });
                 }
+                in_order(&mut products);
             )*
             for t in 0..T {
                 $acc[t] = each!(i, {

@@ -301,9 +301,7 @@ impl Suite {
             samples.push(took.as_nanos() as f64);
         }
         let ns = median(&samples).max(1.0);
-        // Gradients are multiplied in f32, whatever the activations were.
         let peak = match case.activations {
-            _ if case.phase == "backward" => Some(self.found.ceilings.f32_macs_per_second),
             Activations::F32 => Some(self.found.ceilings.f32_macs_per_second),
             Activations::Int8 => self.found.ceilings.int8_macs_per_second,
         };
