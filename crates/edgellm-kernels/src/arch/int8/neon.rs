@@ -589,7 +589,7 @@ mod pairs {
     }
 
     /// # Safety
-    /// The task was checked; the buffer holds the blocks of its tokens, in pairs; the processor has the matrix products.
+    /// The task was checked; the buffer holds the blocks of its tokens, in pairs; the processor has matrix products.
     #[inline(always)]
     pub(super) unsafe fn tiles<L: Lanes, const PARTS: usize, const BITS: usize>(
         task: &mut Task<'_, '_>,
