@@ -193,7 +193,19 @@ fn greedy(edgellm: &Edgellm, golden: &Value, table: &mut Table) -> Result<()> {
     let file = repo::scratch("golden")?.join("prompt.txt");
     for (i, (prompt, expected)) in golden["greedy"].as_object().context("greedy")?.iter().enumerate() {
         fs::write(&file, prompt)?;
-        let run = edgellm.json(["run", "-m", SMOLLM2, "--raw", "-f", arg(&file)?, "--temp", "0", "-n", "64"])?;
+        let run = edgellm.json([
+            "run",
+            "-m",
+            SMOLLM2,
+            "--raw",
+            "-f",
+            arg(&file)?,
+            "--temp",
+            "0",
+            "-n",
+            "64",
+            "--kv-cache=f32",
+        ])?;
         let (found, expected) = (ids(&run, "token_ids")?, ids(expected, "ids")?);
         let same = found.iter().zip(&expected).take_while(|(a, b)| a == b).count();
         table.row(&format!("greedy {i}"), found == expected, &format!("{same} of {} tokens the same", expected.len()));

@@ -39,7 +39,7 @@ struct Step {
 const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
 const NO_GOLDEN: &str = "no ../shared/golden";
 
-const STEPS: [Step; 20] = [
+const STEPS: [Step; 21] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
@@ -81,6 +81,7 @@ const STEPS: [Step; 20] = [
         quick: false,
         run: || checks::memory(&Edgellm::build(&[])?.quietly()).map(Outcome::Passed),
     },
+    Step { name: "8-bit activations", quick: false, run: activations },
     Step { name: "parity on flex", quick: false, run: flex_parity },
     Step { name: "parity on ndarray", quick: false, run: ndarray_parity },
     Step { name: "parity on wgpu", quick: false, run: wgpu_parity },
@@ -228,8 +229,15 @@ fn with_every_device() -> Result<Edgellm> {
     Ok(Edgellm::at(repo::shell()?, binary).quietly())
 }
 
+fn activations() -> Result<Outcome> {
+    let Some(data) = repo::shared("data")? else { return Ok(Outcome::NotRun("no ../shared/data".to_owned())) };
+    let edgellm = Edgellm::build(&[])?.quietly();
+    edgellm.pull(SMOLLM2).context("the model could not be pulled")?;
+    checks::activations(&edgellm, &data.join("wiki.test.raw")).map(Outcome::Passed)
+}
+
 fn flex_parity() -> Result<Outcome> {
-    parity(&Edgellm::build(&[])?.quietly(), "flex", golden::Parts::All)
+    parity(&Edgellm::build(&[])?.quietly().in_f32(), "flex", golden::Parts::All)
 }
 
 /// Logits only, as on wgpu: this build is not optimized for speed, and the logits decide the rest.

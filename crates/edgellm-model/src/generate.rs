@@ -1,6 +1,7 @@
 //! Generation: prefill, then one token at a time, with the exits' vote for each.
 
 use burn::tensor::Tensor;
+use edgellm_kernels::CacheType;
 
 use crate::ModelError;
 use crate::adapter::Adapter;
@@ -50,6 +51,13 @@ impl<'a> Generator<'a> {
         }
         let exits = if voter.needs_all_exits() { exits.to_vec() } else { vec![decoder.n_blocks()] };
         Ok(Self { decoder, adapter, voter, exits, cache: decoder.new_cache() })
+    }
+
+    /// The same generator with an empty cache that stores keys and values as `kind` on the CPU (default: `f16`).
+    #[must_use]
+    pub fn with_cache_type(mut self, kind: CacheType) -> Self {
+        self.cache = self.decoder.new_cache_of(kind);
+        self
     }
 
     /// Runs `ids` and returns the voted log-probabilities of the token that follows, `[vocab]`.

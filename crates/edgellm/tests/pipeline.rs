@@ -129,6 +129,12 @@ fn generation_is_reproducible_and_streams_what_json_says() {
     let b = Bench::new();
     let greedy = b.json("run -m model -p Hello -n 12");
     assert_eq!(greedy["token_ids"], b.json("run -m model -p Hello -n 12 --threads 1")["token_ids"]);
+    for cache in ["f32", "int8"] {
+        assert_eq!(
+            b.json(&format!("run -m model -p Hello -n 4 --kv-cache {cache}"))["token_ids"].as_array().unwrap().len(),
+            4
+        );
+    }
     let seeded = "run -m model -p Hello -n 12 --temp 1 --top-k 50 --top-p 0.9 --min-p 0.01";
     let one = b.json(&format!("{seeded} --seed 1"));
     assert_eq!(one["text"], b.json(&format!("{seeded} --seed 1"))["text"]);

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use clap::Args;
 use edgellm::eval::peak_rss_bytes;
+use edgellm::kernels::CacheType;
 use edgellm::model::ModelError;
 use edgellm::model::adapter::{Adapter, even_exits};
 use edgellm::model::chat::{ChatMessage, ChatTemplate};
@@ -66,6 +67,9 @@ pub(crate) struct Run {
     /// How the exits decide together: last, max, mean or renorm-max
     #[arg(long, default_value = "last")]
     vote: String,
+    /// How keys and values of earlier tokens are kept on the CPU: f16, int8 or f32
+    #[arg(long, default_value = "f16", value_name = "TYPE")]
+    kv_cache: CacheType,
     /// Write the logits of every position of the prompt
     #[arg(long, value_name = "OUT.safetensors", conflicts_with = "chat")]
     dump_logits: Option<PathBuf>,
@@ -156,7 +160,15 @@ impl Run {
         if vote.needs_all_exits() && adapter.as_ref().is_none_or(|a| a.exits().is_empty()) {
             ctx.say("note: without an adapter the early exits are untrained; their vote is poor");
         }
-        let speaker = Speaker { ctx, model: &model, adapter: adapter.as_ref(), vote, exits: &exits, n: self.n };
+        let speaker = Speaker {
+            ctx,
+            model: &model,
+            adapter: adapter.as_ref(),
+            vote,
+            exits: &exits,
+            n: self.n,
+            kv_cache: self.kv_cache,
+        };
         if self.chat {
             return self.converse(&speaker, &mut sampler);
         }
@@ -300,13 +312,15 @@ struct Speaker<'a> {
     model: &'a LoadedModel,
     adapter: Option<&'a Adapter>,
     vote: &'static dyn Voter,
+    kv_cache: CacheType,
     exits: &'a [usize],
     n: usize,
 }
 
 impl<'a> Speaker<'a> {
     fn generator(&self) -> anyhow::Result<Generator<'a>> {
-        Ok(Generator::new(&self.model.decoder, self.adapter, self.vote, self.exits)?)
+        let generator = Generator::new(&self.model.decoder, self.adapter, self.vote, self.exits)?;
+        Ok(generator.with_cache_type(self.kv_cache))
     }
 
     /// Tokens that an answer to `prompt` tokens may have.
