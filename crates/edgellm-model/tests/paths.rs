@@ -1,10 +1,12 @@
 //! Inference on the CPU runs blocks on plain slices; it must be the tensor path, which training and other devices take.
 
-use burn::tensor::{Device, Tensor};
-use edgellm_kernels::CacheType;
+use std::ops::Range;
+
+use burn::tensor::{Device, Int, Tensor};
+use edgellm_kernels::{BlockGradients, BlockScratch, CacheType, Lora, LoraGradient};
 use edgellm_model::adapter::{Adapter, LoraConfig};
 use edgellm_model::config::ModelConfig;
-use edgellm_model::decoder::Decoder;
+use edgellm_model::decoder::{Decoder, SlicePass};
 use edgellm_model::generate::to_vec;
 use edgellm_model::testing::{decoder_of, tiny_config};
 use edgellm_model::values::Projection;
@@ -83,19 +85,12 @@ fn caches_of_every_type() {
     }
 }
 
-#[test]
-fn adapters_on_both_paths() {
-    let config = tiny_config(json!({}));
+/// An adapter whose `B` is not zero, so that it does something and has gradients everywhere.
+fn adapter_of(config: &ModelConfig) -> Adapter {
     let device = Device::flex();
-    let decoder = decoder_of(&config, 5, &device);
-    let mut adapter = Adapter::new(
-        &config,
-        LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Projection::ALL.to_vec() },
-        7,
-        &device,
-    )
-    .unwrap();
-    for index in 0..decoder.n_blocks() {
+    let lora = LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Projection::ALL.to_vec() };
+    let mut adapter = Adapter::new(config, lora, 7, &device).unwrap();
+    for index in 0..config.n_layers {
         let block = adapter.block_mut(index).unwrap();
         for projection in Projection::ALL {
             let Some(lora) = block.get_mut(projection) else { continue };
@@ -104,6 +99,15 @@ fn adapters_on_both_paths() {
             lora.b = Tensor::<1>::from_floats(values.as_slice(), &device).reshape([rows, rank]);
         }
     }
+    adapter
+}
+
+#[test]
+fn adapters_on_both_paths() {
+    let config = tiny_config(json!({}));
+    let device = Device::flex();
+    let decoder = decoder_of(&config, 5, &device);
+    let adapter = adapter_of(&config);
     let run = |adapter: Option<&Adapter>, device: &Device| {
         let x = decoder.embed(&[&IDS]).unwrap();
         let x = if device.is_autodiff() { Tensor::from_inner(x) } else { x };
@@ -115,4 +119,97 @@ fn adapters_on_both_paths() {
     let by_tensors = run(Some(&adapter), &device.clone().autodiff());
     assert!(difference(&by_slices, &plain) > 1e-3, "the adapter does something");
     assert!(difference(&by_slices, &by_tensors) <= 1e-5);
+}
+
+/// The gradients of two sequences' summed losses at an exit, by autodiff: A, B of every layer of the window, the norm's.
+fn gradients_by_tensors(decoder: &Decoder, adapter: &Adapter, window: Range<usize>, exit: usize) -> (f64, Vec<Vec<f32>>) {
+    let mut tracked = adapter.clone();
+    let mut leaves = Vec::new();
+    for index in window.clone() {
+        for projection in Projection::ALL {
+            let lora = tracked.block_mut(index).unwrap().get_mut(projection).as_mut().unwrap();
+            lora.a = lora.a.clone().autodiff().require_grad();
+            lora.b = lora.b.clone().autodiff().require_grad();
+            leaves.extend([lora.a.clone(), lora.b.clone()]);
+        }
+    }
+    let norm = decoder.final_norm().clone().autodiff().require_grad();
+    tracked.set_exit_norm(exit, norm.clone());
+    let mut loss: Option<Tensor<1>> = None;
+    for ids in SEQUENCES {
+        let x = decoder.embed(&[ids]).unwrap();
+        let x = decoder.run_blocks(x, 0..window.start, Some(adapter), None).unwrap();
+        let x = decoder.run_blocks(x, window.clone(), Some(&tracked), None).unwrap();
+        let x = x.reshape([ids.len(), decoder.config().hidden_size]);
+        let targets: Vec<i32> = ids.iter().map(|id| *id as i32 / 2).collect();
+        let targets = Tensor::<1, Int>::from_data(targets.as_slice(), &Device::flex());
+        let weights = Tensor::full([ids.len()], 0.25, &Device::flex());
+        let part = decoder.loss(decoder.exit_norm(x, exit, Some(&tracked)), targets, weights);
+        loss = Some(loss.map_or(part.clone(), |sum| sum.add(part)));
+    }
+    let loss = loss.unwrap();
+    let mut all = loss.clone().backward();
+    let mut out: Vec<Vec<f32>> =
+        leaves.iter().map(|leaf| to_vec(leaf.grad_remove(&mut all).unwrap()).unwrap()).collect();
+    out.push(to_vec(norm.grad_remove(&mut all).unwrap()).unwrap());
+    (f64::from(to_vec(loss.inner()).unwrap()[0]), out)
+}
+
+/// The same on slices; every other block keeps its activations.
+fn gradients_by_slices(decoder: &Decoder, adapter: &Adapter, window: Range<usize>, exit: usize) -> (f64, Vec<Vec<f32>>) {
+    assert!(decoder.runs_on_slices(0..decoder.n_blocks()).unwrap());
+    let x = decoder.embed_slices(&SEQUENCES).unwrap();
+    let lengths = SEQUENCES.map(<[u32]>::len);
+    let (mut scratch, mut tapes) = (BlockScratch::default(), Vec::new());
+    let mut gradients: Vec<BlockGradients> = window.clone().map(|_| zeros(adapter)).collect();
+    let mut out = (0.0, Vec::new());
+    // Twice with the same buffers: the second pass must not see the first.
+    for _ in 0..2 {
+        let mut x = x.clone();
+        let mut pass = SlicePass::new(decoder, adapter, &lengths, &mut scratch);
+        pass.forward(&mut x, 0..window.start).unwrap();
+        pass.record(&mut x, window.clone(), |index| index % 2 == 0, &mut tapes).unwrap();
+        let targets: Vec<u32> = SEQUENCES.iter().flat_map(|ids| ids.iter().map(|id| id / 2)).collect();
+        let mut head = decoder.loss_on_slices(&x, exit, adapter, &targets, 0.25);
+        gradients.iter_mut().for_each(|g| *g = zeros(adapter));
+        pass.backward(&mut head.d_hidden, window.clone(), &mut tapes, &mut gradients).unwrap();
+        let of_layers = gradients.iter().flat_map(|g| g.linears.iter().flatten());
+        out = (head.loss, of_layers.flat_map(|g| [g.a.clone(), g.b.clone()]).collect());
+        out.1.push(head.d_norm);
+    }
+    out
+}
+
+fn zeros(adapter: &Adapter) -> BlockGradients {
+    let block = adapter.block(0).unwrap();
+    let zeros = |lora: &Lora| LoraGradient {
+        a: vec![0.0; lora.a.shape().num_elements()],
+        b: vec![0.0; lora.b.shape().num_elements()],
+    };
+    BlockGradients { linears: Projection::ALL.map(|p| block.get(p).map(zeros)) }
+}
+
+const SEQUENCES: [&[u32]; 3] = [&IDS, &[7], &[3, 1, 4, 1, 5, 9, 2, 6]];
+
+#[test]
+fn gradients_on_both_paths() {
+    for config in configs() {
+        let decoder = decoder_of(&config, 6, &Device::flex());
+        let adapter = adapter_of(&config);
+        let n = decoder.n_blocks();
+        for (window, exit) in [(0..n, n), (1..n, n), (0..1, 1)] {
+            let (expected_loss, expected) = gradients_by_tensors(&decoder, &adapter, window.clone(), exit);
+            let (loss, found) = gradients_by_slices(&decoder, &adapter, window.clone(), exit);
+            assert!((loss - expected_loss).abs() <= 1e-5 * expected_loss, "{loss} is not {expected_loss}");
+            assert_eq!(found.len(), expected.len());
+            for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert_eq!(found.len(), expected.len());
+                let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                assert!(scale > 0.0, "gradient {i} of {window:?} is zero");
+                let error = found.iter().zip(expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs())) / scale;
+                let what = &config.architecture.model_type;
+                assert!(error <= 2e-5, "{what}, gradient {i} of {window:?}: {error:e} of {scale:e}");
+            }
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! Single-threaded products of small tiles, with the `gemm` crate, and columns of one buffer for several threads.
 
 use core::marker::PhantomData;
+use core::ops::Range;
 
 use gemm::Parallelism;
 
@@ -78,6 +79,24 @@ impl<'a> ColumnsMut<'a> {
         assert!(stride >= cols, "rows overlap");
         assert!(rows == 0 || (rows - 1) * stride + cols <= data.len(), "[{rows}, {cols}] by {stride}");
         ColumnsMut { start: data.as_mut_ptr(), rows, cols, stride, buffer: PhantomData }
+    }
+
+    /// Some rows of some of these columns, while `self` is not used.
+    ///
+    /// # Panics
+    /// If there are no such rows or columns.
+    pub(crate) fn part(&mut self, rows: Range<usize>, cols: Range<usize>) -> ColumnsMut<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
+        let empty = rows.is_empty() || cols.is_empty();
+        ColumnsMut {
+            // SAFETY: the first element of the part lies in the buffer; an empty part is never dereferenced.
+            start: if empty { self.start } else { unsafe { self.start.add(rows.start * self.stride + cols.start) } },
+            rows: rows.len(),
+            cols: cols.len(),
+            stride: self.stride,
+            buffer: PhantomData,
+        }
     }
 
     /// One row of these columns.

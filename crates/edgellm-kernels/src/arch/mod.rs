@@ -13,7 +13,7 @@
 //! | `neon+i8mm` | as `neon` | as `neon` | `sdot`; for many tokens `smmla` |
 //! | `avx2` (with FMA, F16C and POPCNT) | 8 floats | byte shuffle, shift by lane | `vpmaddubsw`, in 16 bits |
 //! | `avx512` (F and BW) | 16 floats | byte shuffle, shift by lane | as `avx2` |
-//! | `avx512vnni` (with VL, DQ and VBMI2) | as `avx512` | as `avx512` | `vpdpbusd` |
+//! | `avx512vnni` (with VL, DQ, VBMI2 and VPOPCNTDQ) | as `avx512` | as `avx512` | `vpdpbusd` |
 //!
 //! This module tree is the crate's only unsafe code: intrinsics, the call into the `gemm` crate, and handing out
 //! disjoint columns of one buffer to several threads.
@@ -36,7 +36,7 @@ use core::sync::atomic::{AtomicU8, Ordering};
 use crate::error::{KernelError, Result};
 
 pub use ceiling::{Ceilings, measure_ceilings};
-pub(crate) use int8::{Attend, Elements, KEYS, Part, Task, Tokens8, softmax};
+pub(crate) use int8::{Attend, Elements, KEYS, LowRank, Part, Task, Tokens8, softmax};
 pub(crate) use rows::{PackedRows, Tokens};
 
 /// An instruction set that row kernels are written for.

@@ -4,15 +4,22 @@
 //! combined in order. Backward: the vocabulary is cut into a fixed number of segments; a task computes the logits of
 //! its segment's tiles again, turns them into probabilities and adds `p W` to its own gradient; the segments'
 //! gradients are added in order.
+//!
+//! Where both are wanted at once ([`head_loss`]), a few tokens at a time keep their logits in between, so that nothing
+//! is computed twice.
 
+use burn::backend::Flex;
+use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::exp::exp;
 use super::linear::{decode, tile_rows};
-use super::{Float, Packed, dense, dims, float, slice};
+use super::{Float, Packed, dense, dims, float, pointwise, slice};
 use crate::arch::matmul::{ColumnsMut, MatRef};
 use crate::arch::pool::for_each_mut;
 use crate::arch::{Kernel, Part, Task, Tokens8, vectorized};
+use crate::format::PANEL_ROWS;
+use crate::matrix::PackedMatrix;
 use crate::panels::Panels;
 
 /// Panels of a tile of a prepared head.
@@ -58,10 +65,15 @@ impl<'a> Tiles<'a> {
         self.head.layout().panels().div_ceil(TILE_PANELS)
     }
 
+    /// A tile of the head.
+    fn part(&self, tile: usize) -> Panels<'a> {
+        let last = self.head.layout().panels();
+        self.head.part(tile * TILE_PANELS..((tile + 1) * TILE_PANELS).min(last))
+    }
+
     /// A tile of the head, and its logits, `[tokens, rows]`.
     fn logits(&self, tile: usize, logits: &mut Vec<f32>) -> Panels<'a> {
-        let last = self.head.layout().panels();
-        let part = self.head.part(tile * TILE_PANELS..((tile + 1) * TILE_PANELS).min(last));
+        let part = self.part(tile);
         let (tokens, rows, panels) = (self.x.count(), part.layout().rows, part.layout().panels());
         logits.resize(tokens * rows, 0.0);
         let out = ColumnsMut::whole(logits, tokens, rows, rows);
@@ -84,10 +96,10 @@ fn prepared_normalizer(hidden: &[f32], head: Panels<'_>) -> Vec<f32> {
 }
 
 /// The logarithms of the normalizers of all tiles.
-fn combine(partial: &[Vec<(f32, f32)>], tokens: usize) -> Vec<f32> {
+fn combine(partial: &[impl AsRef<[(f32, f32)]>], tokens: usize) -> Vec<f32> {
     let of_token = |t: usize| {
-        let max = partial.iter().map(|tile| tile[t].0).fold(f32::NEG_INFINITY, f32::max);
-        let sum: f32 = partial.iter().map(|tile| tile[t].1 * (tile[t].0 - max).exp()).sum();
+        let max = partial.iter().map(|tile| tile.as_ref()[t].0).fold(f32::NEG_INFINITY, f32::max);
+        let sum: f32 = partial.iter().map(|tile| tile.as_ref()[t]).map(|(top, sum)| sum * (top - max).exp()).sum();
         max + sum.ln()
     };
     (0..tokens).map(of_token).collect()
@@ -120,6 +132,163 @@ fn prepared_expectation(hidden: &[f32], head: Panels<'_>, factor: &[f32], normal
         first.iter_mut().zip(segment).for_each(|(sum, value)| *sum += *value);
     }
     core::mem::take(first)
+}
+
+/// Tokens whose logits [`head_loss`] keeps.
+const CHUNK: usize = 64;
+
+/// What [`head_loss`] computes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeadLoss {
+    /// `weight * sum_t -log p(targets[t])`.
+    pub loss: f64,
+    /// Its gradient with respect to the hidden states, `[tokens, d]`.
+    pub d_hidden: Vec<f32>,
+    /// And with respect to the norm, `[d]`.
+    pub d_norm: Vec<f32>,
+}
+
+/// The cross entropy of a packed head behind a root-mean-square norm, and its gradients, on the CPU.
+///
+/// # Shapes
+/// `hidden`: `[tokens, d]`; `norm`: `[d]`; `head`: `[vocabulary, d]`; `targets`: a token id for each token.
+///
+/// # Panics
+/// If shapes disagree, a target is outside the vocabulary, or something is not on the CPU device.
+pub fn head_loss(
+    hidden: &[f32],
+    norm: &Tensor<1>,
+    eps: f64,
+    head: &PackedMatrix,
+    targets: &[u32],
+    weight: f32,
+) -> HeadLoss {
+    let packed = head.host().expect("a head on the CPU device");
+    let cols = packed.layout.cols;
+    assert_eq!(hidden.len(), targets.len() * cols, "hidden states of the targets");
+    let norm = dense(norm.clone().try_into_primitive::<Flex>().expect("a norm on the CPU device"));
+    let x = float(hidden.to_vec(), [targets.len(), cols]);
+    let normed = pointwise::rms_norm(x.clone(), norm.clone(), eps);
+    let mut loss = 0.0;
+    let mut gradient = Vec::with_capacity(hidden.len());
+    let chunks = slice::<f32>(&normed).chunks(CHUNK * cols).zip(targets.chunks(CHUNK));
+    let mut tiles = Vec::new();
+    for (hidden, targets) in chunks {
+        let targets: Vec<usize> = targets.iter().map(|&id| id as usize).collect();
+        let part = Chunk::new(packed, hidden, targets);
+        loss += part.forward(&mut tiles);
+        gradient.extend(part.backward(&mut tiles, weight));
+    }
+    let dy = float(gradient, [targets.len(), cols]);
+    let (dx, dw) = pointwise::rms_norm_backward(x, norm, dy, eps);
+    let values = |t: Float| slice::<f32>(&dense(t)).to_vec();
+    HeadLoss { loss: f64::from(weight) * loss, d_hidden: values(dx), d_norm: values(dw) }
+}
+
+/// Logits of a tile of the vocabulary, `[tokens, rows]`, and their maxima and sums.
+#[derive(Default)]
+struct TileLogits {
+    logits: Vec<f32>,
+    partial: Vec<(f32, f32)>,
+}
+
+/// Some tokens before a head.
+struct Chunk<'a> {
+    head: &'a Packed,
+    /// The rounded tokens, if the head is prepared.
+    prepared: Option<Tiles<'a>>,
+    x: MatRef<'a>,
+    targets: Vec<usize>,
+    /// Vocabulary of a tile.
+    tile: usize,
+}
+
+impl<'a> Chunk<'a> {
+    fn new(head: &'a Packed, hidden: &'a [f32], targets: Vec<usize>) -> Self {
+        let cols = head.layout.cols;
+        let prepared = head.panels().map(|panels| Tiles::new(panels, hidden));
+        let tile = if prepared.is_some() { TILE_PANELS * PANEL_ROWS } else { tile_rows(cols) };
+        Chunk { head, prepared, x: MatRef::new(hidden, targets.len(), cols, cols), targets, tile }
+    }
+
+    fn rows(&self, tile: usize) -> core::ops::Range<usize> {
+        tile * self.tile..((tile + 1) * self.tile).min(self.head.layout.rows)
+    }
+
+    /// Leaves all logits less their normalizer, and returns the sum of the losses.
+    fn forward(&self, tiles: &mut Vec<TileLogits>) -> f64 {
+        let (kernel, tokens) = (Kernel::active(), self.targets.len());
+        tiles.resize_with(self.head.layout.rows.div_ceil(self.tile), TileLogits::default);
+        for_each_mut(tiles, |tile, out| {
+            let rows = self.rows(tile);
+            match &self.prepared {
+                Some(tiles) => drop(tiles.logits(tile, &mut out.logits)),
+                None => {
+                    let (mut buffer, n) = (Vec::new(), rows.len());
+                    out.logits.resize(tokens * n, 0.0);
+                    let w = decode(kernel, self.head.rows(), rows.clone(), &mut buffer);
+                    ColumnsMut::whole(&mut out.logits, tokens, n, n).product(self.x, w.t(), 1.0, false);
+                }
+            }
+            out.partial = vectorized(kernel, || out.logits.chunks(rows.len()).map(max_and_sum).collect());
+        });
+        let partial: Vec<&[(f32, f32)]> = tiles.iter().map(|t| t.partial.as_slice()).collect();
+        let normalizers = combine(&partial, tokens);
+        let logit = |(t, &target): (usize, &usize)| {
+            let tile = target / self.tile;
+            tiles[tile].logits[t * self.rows(tile).len() + target % self.tile]
+        };
+        let picked: Vec<f32> = self.targets.iter().enumerate().map(logit).collect();
+        for_each_mut(tiles, |tile, out| {
+            vectorized(kernel, || {
+                for (row, normalizer) in out.logits.chunks_mut(self.rows(tile).len()).zip(&normalizers) {
+                    row.iter_mut().for_each(|logit| *logit -= normalizer);
+                }
+            });
+        });
+        normalizers.iter().zip(picked).map(|(normalizer, logit)| f64::from(normalizer - logit)).sum()
+    }
+
+    /// `factor * sum_v (p[t, v] - [v = target]) W[v]`.
+    fn backward(&self, tiles: &mut [TileLogits], factor: f32) -> Vec<f32> {
+        let (kernel, tokens, cols) = (Kernel::active(), self.targets.len(), self.head.layout.cols);
+        let per_segment = tiles.len().div_ceil(SEGMENTS);
+        let mut segments: Vec<(&mut [TileLogits], Vec<f32>)> =
+            tiles.chunks_mut(per_segment).map(|tiles| (tiles, vec![0.0; tokens * cols])).collect();
+        for_each_mut(&mut segments, |segment, (tiles, gradient)| {
+            let (mut p8, mut buffer) = (Tokens8::default(), Vec::new());
+            for (i, tile) in tiles.iter_mut().enumerate() {
+                let rows = self.rows(segment * per_segment + i);
+                let (p, n) = (&mut tile.logits, rows.len());
+                vectorized(kernel, || p.iter_mut().for_each(|value| *value = exp(*value) * factor));
+                let mut out = ColumnsMut::whole(gradient, tokens, cols, cols);
+                match &self.prepared {
+                    Some(tiles) => {
+                        let matrix = tiles.part(segment * per_segment + i);
+                        p8.fill(kernel, p, n);
+                        let range = 0..matrix.blocks();
+                        Task { matrix, x: &p8, part: Part::Backward, range, out, accumulate: true }.run(kernel);
+                    }
+                    None => {
+                        let w = decode(kernel, self.head.rows(), rows, &mut buffer);
+                        out.product(MatRef::new(p, tokens, n, n), w, 1.0, true);
+                    }
+                }
+            }
+        });
+        let (mut first, rest) = {
+            let mut gradients = segments.into_iter().map(|(_, gradient)| gradient);
+            (gradients.next().expect("a vocabulary"), gradients)
+        };
+        for gradient in rest {
+            first.iter_mut().zip(gradient).for_each(|(sum, value)| *sum += value);
+        }
+        let target_rows = self.head.gather(&self.targets);
+        for (out, row) in first.iter_mut().zip(slice::<f32>(&target_rows)) {
+            *out -= factor * row;
+        }
+        first
+    }
 }
 
 /// The maximum, and the sum of the exponentials of the distances to it.

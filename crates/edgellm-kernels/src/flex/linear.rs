@@ -109,13 +109,20 @@ pub(super) fn backward(dy: Float, w: &Packed) -> Float {
         integer::multiply(&dy, Part::Backward, [Product { matrix, out: &mut out }], false);
         return float(out, [tokens, w.layout.cols]);
     }
-    let (kernel, w, layout) = (Kernel::active(), w.rows(), w.layout);
+    multiply_backward(dy, w.rows(), false, &mut out);
+    float(out, [tokens, w.layout.cols])
+}
+
+/// `out = dy W`, or `out += dy W`, `[tokens, cols]`, with gradients in `f32`.
+pub(super) fn multiply_backward(dy: &[f32], w: PackedRows<'_>, accumulate: bool, out: &mut [f32]) {
+    let (kernel, layout) = (Kernel::active(), w.layout());
+    let tokens = dy.len() / layout.rows;
     if tokens == 0 {
-        return float(out, [tokens, layout.cols]);
+        return;
     }
     // Two or four blocks wide: enough columns for gemm, enough ranges for threads.
     let width = if layout.cols <= 1024 { 2 * BLOCK } else { 4 * BLOCK };
-    let columns = ColumnsMut::split(&mut out, tokens, layout.cols, width);
+    let columns = ColumnsMut::split(out, tokens, layout.cols, width);
     columns.into_par_iter().enumerate().for_each_init(Vec::new, |buffer, (i, mut out)| {
         let first = i * width / BLOCK;
         let cols = width.min(layout.cols - i * width);
@@ -126,8 +133,7 @@ pub(super) fn backward(dy: Float, w: &Packed) -> Float {
             buffer.resize(rows.len() * stride, 0.0);
             w.decode(kernel, rows.clone(), blocks.clone(), buffer);
             let dy = MatRef::new(&dy[start..], tokens, rows.len(), layout.rows);
-            out.product(dy, MatRef::new(buffer, rows.len(), cols, stride), 1.0, start > 0);
+            out.product(dy, MatRef::new(buffer, rows.len(), cols, stride), 1.0, accumulate || start > 0);
         }
     });
-    float(out, [tokens, layout.cols])
 }

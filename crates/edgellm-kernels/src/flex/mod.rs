@@ -23,10 +23,12 @@ use crate::ops::{AttentionParams, EdgeOps, defaults};
 use crate::panels::Panels;
 
 pub use block::{
-    BlockLinear, BlockScratch, BlockView, decoder_block, linear as linear_rows, log_softmax_row, rms_norm_rows,
+    BlockGradients, BlockLinear, BlockScratch, BlockTape, BlockView, LoraGradient, decoder_block,
+    decoder_block_backward, decoder_block_recorded, decoder_block_uncached, log_softmax_row,
 };
 pub use cache::{BlockCache, CacheType};
 pub(crate) use exp::exp;
+pub use head::{HeadLoss, head_loss};
 
 type Float = FloatTensor<Flex>;
 type Int = IntTensor<Flex>;

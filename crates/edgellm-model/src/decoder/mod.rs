@@ -8,18 +8,20 @@ mod block;
 mod cache;
 mod load;
 mod rope;
+mod slices;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use edgellm_kernels::{
-    BlockCache, BlockScratch, CacheType, cross_entropy_head, decoder_block, packed_embedding, rms_norm,
+    BlockScratch, CacheType, cross_entropy_head, decoder_block, decoder_block_uncached, packed_embedding, rms_norm,
 };
 
 pub use self::block::{Block, Linear, LinearObserver, Weight};
 pub use self::cache::KvCache;
 pub use self::load::{Activations, LoadOptions, ResidentStore};
+pub use self::slices::SlicePass;
 
 use self::block::BlockContext;
 use self::rope::RopeTable;
@@ -249,26 +251,25 @@ impl Decoder {
         let start = cache.as_ref().filter(|_| !range.is_empty()).map_or(0, |c| c.len(range.start));
         let slice = self.rope.slice(start, x.dims()[1]);
         let plain = self.device == Device::flex() && !x.device().is_autodiff();
-        let [batch, _, _] = x.dims();
+        let [batch, tokens, _] = x.dims();
+        let lengths = vec![tokens; batch];
         let mut scratch = BlockScratch::default();
         let mut hidden = Hidden::Tensor(x);
         for index in range {
             let _span = tracing::trace_span!("block", index).entered();
             let block = self.store.block(index)?;
-            let rope = self.config.uses_rope(index).then_some(&slice);
-            let ctx = BlockContext { config: &self.config, index, rope, observer: None };
+            let ctx = self.context(index, &slice);
             let lora = adapter.and_then(|a| a.block(index));
             let (heads, dim) = (self.config.n_kv_heads, self.config.head_dim);
             if plain && let Some(view) = block.view(ctx, lora) {
                 match cache.as_mut() {
                     None => {
-                        let mut caches = vec![BlockCache::new(CacheType::F32, heads, dim); batch];
-                        decoder_block(hidden.host()?, &view, &mut caches, &mut scratch);
+                        decoder_block_uncached(hidden.host()?, &lengths, &view, &mut scratch);
                         continue;
                     }
                     Some(cache) if batch == 1 => {
                         if let Some((cache, scratch)) = cache.host_layer(index, heads, dim) {
-                            decoder_block(hidden.host()?, &view, std::slice::from_mut(cache), scratch);
+                            decoder_block(hidden.host()?, &lengths, &view, std::slice::from_mut(cache), scratch);
                             continue;
                         }
                     }
@@ -296,8 +297,7 @@ impl Decoder {
     ) -> Tensor<3> {
         assert!(index < self.n_blocks(), "block {index} of a model with {} blocks", self.n_blocks());
         let slice = self.rope.slice(0, x.dims()[1]);
-        let rope = self.config.uses_rope(index).then_some(&slice);
-        block.forward(x, BlockContext { config: &self.config, index, rope, observer }, None, None)
+        block.forward(x, BlockContext { observer, ..self.context(index, &slice) }, None, None)
     }
 
     /// Normalizes a hidden state for the head, at the exit after `exit` blocks.

@@ -4,7 +4,7 @@ use core::cell::Cell;
 use core::ops::Range;
 
 use super::tokens::{Tile, TileMut, Tokens8};
-use super::{Attend, BLOCK_BYTES, Vector};
+use super::{Attend, BLOCK_BYTES, LowRank, Vector};
 use crate::arch::matmul::ColumnsMut;
 use crate::format::{BLOCK, PANEL_ROWS, ScaleType};
 use crate::panels::Panels;
@@ -119,6 +119,8 @@ pub(super) trait Entry: Vector {
     fn round_tile(self, tile: &mut TileMut<'_>, x: &[f32], cols: usize);
     /// Attention.
     fn attend(self, job: &mut Attend<'_>);
+    /// A product with a matrix of a few rows.
+    fn low_rank(self, job: &mut LowRank<'_>);
     /// Sixteen columns of a result for all tokens.
     fn tiles<const PARTS: usize, const BITS: usize>(self, task: &mut Task<'_, '_>, index: usize, buffer: &Buffer);
 }
@@ -166,6 +168,16 @@ macro_rules! entries {
                 fn run(job: &mut $crate::arch::int8::Attend<'_>) {
                     // SAFETY: compiled for the instruction set, and called where it exists; the caller checked the job.
                     unsafe { $crate::arch::int8::attend::attend::<$isa>(job) }
+                }
+                // SAFETY: `self` proves the instruction set.
+                unsafe { run(job) }
+            }
+
+            fn low_rank(self, job: &mut $crate::arch::int8::LowRank<'_>) {
+                #[target_feature(enable = $features)]
+                fn run(job: &mut $crate::arch::int8::LowRank<'_>) {
+                    // SAFETY: compiled for the instruction set, and called where it exists; the caller checked the job.
+                    unsafe { $crate::arch::int8::low_rank::low_rank::<$isa>(job) }
                 }
                 // SAFETY: `self` proves the instruction set.
                 unsafe { run(job) }

@@ -19,6 +19,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
 mod kernels;
+mod low_rank;
 #[cfg(target_arch = "aarch64")]
 pub(super) mod neon;
 mod scalar;
@@ -29,6 +30,7 @@ mod tokens;
 use super::Kernel;
 pub(crate) use attend::{Attend, Elements, KEYS, softmax};
 pub(crate) use kernels::{Part, Task};
+pub(crate) use low_rank::LowRank;
 use tokens::TileMut;
 pub(crate) use tokens::Tokens8;
 
@@ -96,6 +98,17 @@ impl Attend<'_> {
     pub(crate) fn run(mut self, kernel: Kernel) {
         self.check();
         with_kernels!(kernel, isa => kernels::Entry::attend(isa, &mut self));
+    }
+}
+
+impl LowRank<'_> {
+    /// Computes the product.
+    ///
+    /// # Panics
+    /// If the shapes disagree.
+    pub(crate) fn run(mut self, kernel: Kernel) {
+        self.check();
+        with_kernels!(kernel, isa => kernels::Entry::low_rank(isa, &mut self));
     }
 }
 

@@ -24,6 +24,11 @@ impl kernels::Entry for Scalar {
         unsafe { super::tokens::round::<Scalar>(tile, x, cols) }
     }
 
+    fn low_rank(self, job: &mut super::LowRank<'_>) {
+        // SAFETY: plain code; the caller checked the job.
+        unsafe { super::low_rank::low_rank::<Self>(job) }
+    }
+
     fn attend(self, job: &mut super::Attend<'_>) {
         // SAFETY: needs no instruction set; the caller checked the job.
         unsafe { super::attend::attend::<Scalar>(job) }

@@ -1,0 +1,164 @@
+//! A block's linear layers on slices: packed weight, bias, low-rank update; forward, and backward to the input and to
+//! the update.
+
+use super::low_rank::{down, outer, transposed, up, up_few};
+use super::{BlockLinear, host};
+use crate::arch::{Kernel, Part, Tokens8};
+use crate::flex::integer::{Product, multiply};
+use crate::flex::{Float, Packed, linear, slice};
+
+/// Tokens from which the transposed `B` is worth making.
+const FEW: usize = 4;
+
+/// A linear layer with its buffers at hand.
+pub(super) struct Linear<'a> {
+    packed: &'a Packed,
+    bias: Option<Float>,
+    lora: Option<Update>,
+}
+
+/// `scaling * B A`.
+struct Update {
+    /// `[rank, cols]`.
+    a: Float,
+    /// `[rows, rank]`.
+    b: Float,
+    scaling: f32,
+    rank: usize,
+}
+
+/// The gradients of a low-rank update.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LoraGradient {
+    /// Of `A`, `[rank, cols]`.
+    pub a: Vec<f32>,
+    /// Of `B`, `[rows, rank]`.
+    pub b: Vec<f32>,
+}
+
+impl<'a> Linear<'a> {
+    pub(super) fn new(linear: BlockLinear<'a>) -> Self {
+        Linear {
+            packed: linear.weight.host().expect("a weight on the CPU device"),
+            bias: linear.bias.map(host),
+            lora: linear.lora.map(|lora| Update {
+                a: host(&lora.a),
+                b: host(&lora.b),
+                scaling: lora.scaling,
+                rank: lora.a.dims()[0],
+            }),
+        }
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.packed.layout.rows
+    }
+
+    pub(super) fn cols(&self) -> usize {
+        self.packed.layout.cols
+    }
+
+    /// Adds bias and low-rank update.
+    fn add_rest(&self, kernel: Kernel, x: &[f32], out: &mut [f32]) {
+        if let Some(bias) = &self.bias {
+            let bias = slice::<f32>(bias);
+            out.chunks_mut(bias.len()).for_each(|out| out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias));
+        }
+        if let Some(Update { a, b, scaling, rank }) = &self.lora {
+            let (mut low, b) = (Vec::new(), slice::<f32>(b));
+            down(kernel, x, slice::<f32>(a), *rank, *scaling, &mut low);
+            if low.len() < FEW * rank {
+                up_few(&low, b, *rank, out);
+            } else {
+                up(kernel, &low, &transposed(b, self.rows(), *rank), *rank, out);
+            }
+        }
+    }
+
+    /// The gradient of the input, written or added to `dx` if there is one, and those of the low-rank update, added to
+    /// `gradient`.
+    ///
+    /// `x` is the layer's input, `[tokens, cols]`; `dy` the gradient of its output, `[tokens, rows]`.
+    pub(super) fn backward(
+        &self,
+        kernel: Kernel,
+        x: &[f32],
+        dy: &[f32],
+        dy8: &mut Tokens8,
+        mut dx: Option<(&mut [f32], bool)>,
+        gradient: Option<&mut LoraGradient>,
+    ) {
+        if let Some((dx, accumulate)) = &mut dx {
+            match self.packed.panels() {
+                Some(matrix) => {
+                    dy8.fill(kernel, dy, self.rows());
+                    multiply(dy8, Part::Backward, [Product { matrix, out: dx }], *accumulate);
+                }
+                None => linear::multiply_backward(dy, self.packed.rows(), *accumulate, dx),
+            }
+        }
+        let Some(Update { a, b, scaling, rank }) = &self.lora else { return };
+        let (a, b) = (slice::<f32>(a), transposed(slice::<f32>(b), self.rows(), *rank));
+        // `u = s x A^T` is what `B` sees, `du = s dy B` what `A` does.
+        let (mut u, mut du) = (Vec::new(), Vec::new());
+        down(kernel, dy, &b, *rank, *scaling, &mut du);
+        if let Some((dx, _)) = dx {
+            up(kernel, &du, a, *rank, dx);
+        }
+        if let Some(gradient) = gradient {
+            outer(kernel, &du, x, *rank, &mut gradient.a);
+            down(kernel, x, a, *rank, *scaling, &mut u);
+            let mut db = vec![0.0; b.len()];
+            outer(kernel, &u, dy, *rank, &mut db);
+            for (i, db) in transposed(&db, *rank, self.rows()).into_iter().enumerate() {
+                gradient.b[i] += db;
+            }
+        }
+    }
+}
+
+impl Tokens8 {
+    /// Rounds `x` if one of the layers multiplies with rounded activations.
+    pub(super) fn fill_if(&mut self, linears: &[&Linear<'_>], kernel: Kernel, x: &[f32], cols: usize) {
+        if linears.iter().any(|linear| linear.packed.panels().is_some()) {
+            self.fill(kernel, x, cols);
+        }
+    }
+}
+
+/// Applies layers of one input.
+pub(super) fn apply<'a, const N: usize>(
+    kernel: Kernel,
+    x: &[f32],
+    x8: &Tokens8,
+    layers: [(&'a Linear<'a>, &'a mut [f32]); N],
+    accumulate: bool,
+) {
+    let mut prepared = Vec::with_capacity(N);
+    let mut rest = Vec::new();
+    for (linear, out) in layers {
+        match linear.packed.panels() {
+            Some(matrix) => prepared.push((linear, matrix, out)),
+            None => rest.push((linear, out)),
+        }
+    }
+    multiply(
+        x8,
+        Part::Forward,
+        prepared.iter_mut().map(|(_, matrix, out)| Product { matrix: *matrix, out }),
+        accumulate,
+    );
+    for (linear, out) in rest {
+        if accumulate {
+            let mut product = vec![0.0; out.len()];
+            linear::multiply(x, linear.packed.rows(), &mut product);
+            out.iter_mut().zip(product).for_each(|(out, product)| *out += product);
+        } else {
+            linear::multiply(x, linear.packed.rows(), out);
+        }
+        linear.add_rest(kernel, x, out);
+    }
+    for (linear, _, out) in prepared {
+        linear.add_rest(kernel, x, out);
+    }
+}

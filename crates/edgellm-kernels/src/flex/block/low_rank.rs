@@ -1,0 +1,63 @@
+//! Low-rank updates on slices, on several threads.
+
+use crate::arch::pool::{for_each_mut, threads};
+use crate::arch::{Kernel, LowRank};
+use crate::flex::TASK;
+
+/// `out[t, j] = factor * sum_i x[t, i] m[j, i]`, with `m` `[rank, n]`.
+pub(super) fn down(kernel: Kernel, x: &[f32], m: &[f32], rank: usize, factor: f32, out: &mut Vec<f32>) {
+    let n = m.len() / rank;
+    out.resize(x.len() / n * rank, 0.0);
+    let per_item = (TASK / n).max(1);
+    let mut items: Vec<_> = x.chunks(per_item * n).zip(out.chunks_mut(per_item * rank)).collect();
+    for_each_mut(&mut items, |_, (x, out)| LowRank::Down { x, m, rank, factor, out }.run(kernel));
+}
+
+/// `out[t, i] += sum_j u[t, j] m[j, i]`, with `m` `[rank, n]`.
+pub(super) fn up(kernel: Kernel, u: &[f32], m: &[f32], rank: usize, out: &mut [f32]) {
+    let n = m.len() / rank;
+    let per_item = (TASK / n).max(1);
+    let mut items: Vec<_> = u.chunks(per_item * rank).zip(out.chunks_mut(per_item * n)).collect();
+    for_each_mut(&mut items, |_, (u, out)| LowRank::Up { u, m, rank, out }.run(kernel));
+}
+
+/// `out[t, i] += sum_j u[t, j] b[i, j]`, with `b` `[n, rank]`, for a few tokens.
+pub(super) fn up_few(u: &[f32], b: &[f32], rank: usize, out: &mut [f32]) {
+    for (u, out) in u.chunks_exact(rank).zip(out.chunks_exact_mut(b.len() / rank)) {
+        for (out, b) in out.iter_mut().zip(b.chunks_exact(rank)) {
+            *out += b.iter().zip(u).map(|(b, u)| b * u).sum::<f32>();
+        }
+    }
+}
+
+/// `out[j, i] += sum_t u[t, j] x[t, i]`, with `x` `[tokens, n]`. Every sum has one order, whatever the threads.
+pub(super) fn outer(kernel: Kernel, u: &[f32], x: &[f32], rank: usize, out: &mut [f32]) {
+    let tokens = u.len() / rank;
+    let width = x.len() / tokens;
+    if threads() == 1 {
+        return LowRank::Outer { u, x, rank, width, first: 0, out }.run(kernel);
+    }
+    // Columns are cut into parts of their own, which are added to the rows afterwards.
+    let part = width.div_ceil(2 * threads()).next_multiple_of(16);
+    let mut items: Vec<_> = (0..width)
+        .step_by(part)
+        .map(|first| {
+            let n = part.min(width - first);
+            let rows: Vec<f32> = (0..rank).flat_map(|j| out[j * width + first..][..n].iter().copied()).collect();
+            (first, n, rows)
+        })
+        .collect();
+    for_each_mut(&mut items, |_, (first, _, out)| {
+        LowRank::Outer { u, x, rank, width, first: *first, out }.run(kernel);
+    });
+    for (first, n, rows) in items {
+        for (j, row) in rows.chunks_exact(n).enumerate() {
+            out[j * width + first..][..n].copy_from_slice(row);
+        }
+    }
+}
+
+/// The transpose of `m`, `[rows, cols]`.
+pub(super) fn transposed(m: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    (0..rows * cols).map(|i| m[i % rows * cols + i / rows]).collect()
+}
