@@ -11,9 +11,11 @@ mod error;
 pub mod exits;
 pub mod full;
 pub mod optimizer;
+mod step;
 mod trainer;
 pub mod voters;
 
 pub use calibrate::calibrate_exit_norms;
 pub use error::TuneError;
-pub use trainer::{StepReport, Trainer, TuneConfig};
+pub use step::StageSeconds;
+pub use trainer::{Keep, StepReport, Trainer, TuneConfig};

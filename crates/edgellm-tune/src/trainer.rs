@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use burn::tensor::{Gradients, Int, Tensor};
+use burn::tensor::{Tensor, TensorData};
 use edgellm_model::adapter::{Adapter, LoraConfig};
 use edgellm_model::data::Example;
 use edgellm_model::decoder::Decoder;
@@ -14,10 +14,10 @@ use edgellm_model::traits::{DataSource, ExitSchedule};
 use edgellm_model::values::Projection;
 
 use crate::TuneError;
-use crate::batch::Batch;
 use crate::calibrate::calibrate_exit_norms;
 use crate::exits::{ExitScale, window};
 use crate::optimizer::{AdamW, AdamWConfig, LrSchedule};
+use crate::step::{Engine, Gradients, Place, StageSeconds, engine};
 
 /// Steps in a row with a loss that is not finite, after which a run gives up.
 const MAX_SKIPPED: u32 = 10;
@@ -32,6 +32,10 @@ pub struct TuneConfig {
     pub steps: u64,
     /// Examples per step.
     pub batch_size: usize,
+    /// Examples that are run at once; a step adds up the gradients of as many parts as it takes.
+    pub micro_batch: usize,
+    /// What the window keeps of its forward pass.
+    pub keep: Keep,
     /// Exits, as numbers of blocks, ascending; the last is the whole model.
     pub exits: Vec<usize>,
     /// Blocks that a step trains.
@@ -57,6 +61,28 @@ pub struct TuneConfig {
     pub seed: u64,
 }
 
+/// What a window keeps of its forward pass for the backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// All activations: fastest.
+    All,
+    /// The inputs of the blocks; the rest is computed again, a block at a time: leanest.
+    Inputs,
+    /// All activations of the window's last blocks, so many of them, and the inputs of the others.
+    Last(usize),
+}
+
+impl Keep {
+    /// Blocks that keep all activations.
+    pub(crate) fn blocks(self) -> usize {
+        match self {
+            Keep::All => usize::MAX,
+            Keep::Inputs => 0,
+            Keep::Last(blocks) => blocks,
+        }
+    }
+}
+
 impl TuneConfig {
     fn validate(&self, n_blocks: usize) -> Result<(), TuneError> {
         let bad = |what, expected: String, found: String| Err(TuneError::Setting { what, expected, found });
@@ -65,12 +91,12 @@ impl TuneConfig {
             let expected = format!("ascending numbers of blocks that end with {n_blocks}");
             return bad("exits", expected, format!("{:?}", self.exits));
         }
-        if self.window == 0 || self.batch_size == 0 {
-            return bad(
-                "window and batch size",
-                "at least 1".into(),
-                format!("{} and {}", self.window, self.batch_size),
-            );
+        for (what, value) in
+            [("window", self.window), ("batch size", self.batch_size), ("micro-batch", self.micro_batch)]
+        {
+            if value == 0 {
+                return bad(what, "at least 1".into(), "0".into());
+            }
         }
         if !self.learning_rate.is_finite() || self.learning_rate <= 0.0 {
             return bad("learning rate", "a positive number".into(), self.learning_rate.to_string());
@@ -101,23 +127,10 @@ pub struct StepReport {
     pub learning_rate: f64,
     /// Wall time of the step.
     pub seconds: f64,
+    /// Wall time of its stages.
+    pub stages: StageSeconds,
     /// Whether the update was left out because loss or gradients were not finite.
     pub skipped: bool,
-}
-
-/// A gradient, waiting for the norm of all of them.
-struct Gradient {
-    name: String,
-    slot: Slot,
-    value: Tensor<1>,
-}
-
-/// Where a trained tensor lives in the adapter.
-#[derive(Clone, Copy)]
-enum Slot {
-    LoraA(usize, Projection),
-    LoraB(usize, Projection),
-    ExitNorm(usize),
 }
 
 /// Tunes an adapter on a frozen base.
@@ -127,6 +140,8 @@ pub struct Trainer<'a> {
     schedule: Box<dyn ExitSchedule>,
     adapter: Adapter,
     optimizer: AdamW,
+    engine: Box<dyn Engine>,
+    gradients: Gradients,
     step: u64,
     skipped_in_a_row: u32,
 }
@@ -143,7 +158,9 @@ impl<'a> Trainer<'a> {
             adapter.set_exit_norm(exit, decoder.final_norm().clone());
         }
         let optimizer = AdamW::new(config.adamw);
-        Ok(Self { decoder, config, schedule, adapter, optimizer, step: 0, skipped_in_a_row: 0 })
+        let engine = engine(decoder, config.keep)?;
+        let gradients = Gradients::default();
+        Ok(Self { decoder, config, schedule, adapter, optimizer, engine, gradients, step: 0, skipped_in_a_row: 0 })
     }
 
     /// The adapter as it is now.
@@ -203,147 +220,94 @@ impl<'a> Trainer<'a> {
         let start = Instant::now();
         let step = self.step;
         let exit = self.config.exits[self.schedule.choose(step, self.config.exits.len())];
-        let batch = Batch::new(examples, 0);
-        if batch.targets.is_empty() {
+        let last = self.decoder.n_blocks();
+        let norm = self.config.train_exit_norms && exit < last && self.adapter.exit_norm(exit).is_some();
+        let place = Place { exit, window: window(exit, self.config.window), norm };
+        let tokens = |e: &Example| (0..e.ids.len()).filter(|position| *position > 0 && e.is_target(*position)).count();
+        let examples: Vec<Example> = examples.iter().filter(|e| tokens(e) > 0).cloned().collect();
+        let response_tokens: usize = examples.iter().map(tokens).sum();
+        if response_tokens == 0 {
             return Err(TuneError::EmptyBatch { step });
         }
         let span = tracing::debug_span!("tune_step", step, exit).entered();
-        let tracked = self.tracked_adapter(exit);
-        let loss = self.loss(&batch, exit, &tracked)?;
-        let value = f64::from(to_vec(loss.clone().inner())?[0]);
-        let mut gradients = Vec::new();
-        let mut norm = f64::NAN;
-        if value.is_finite() {
-            let mut all = loss.backward();
-            gradients = self.collect(&tracked, exit, &mut all);
-            norm = global_norm(&gradients)?;
+        self.gradients.reset(&self.adapter, &place, self.decoder.config().hidden_size);
+        let mut loss = 0.0;
+        for part in examples.chunks(self.config.micro_batch) {
+            let weight = 1.0 / response_tokens as f32;
+            let (adapter, gradients) = (&self.adapter, &mut self.gradients);
+            loss += self.engine.accumulate(self.decoder, adapter, part, &place, weight, gradients)?;
         }
-        let finite = norm.is_finite();
+        let update = Instant::now();
+        let norm = self.gradients.norm();
+        let finite = norm.is_finite() && loss.is_finite();
         let lr = self.config.learning_rate
-            * self.config.exit_scale.factor(exit, self.decoder.n_blocks())
+            * self.config.exit_scale.factor(exit, last)
             * self.config.lr_schedule.factor(step, self.config.steps, self.config.warmup_steps);
         if finite {
             self.skipped_in_a_row = 0;
             let clip = self.config.max_grad_norm;
             let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
-            self.apply(gradients, scale, lr);
+            self.apply(&place, scale, lr)?;
         } else {
             self.skipped_in_a_row += 1;
-            tracing::warn!(step, loss = value, grad_norm = norm, "step skipped: loss or gradients are not finite");
+            tracing::warn!(step, loss, grad_norm = norm, "step skipped: loss or gradients are not finite");
             if self.skipped_in_a_row >= MAX_SKIPPED {
                 return Err(TuneError::Diverged { steps: self.skipped_in_a_row, step });
             }
         }
         drop(span);
         self.step += 1;
+        let stages = StageSeconds { update: update.elapsed().as_secs_f64(), ..self.engine.take_seconds() };
         Ok(StepReport {
             step,
             exit,
-            loss: value,
-            response_tokens: batch.targets.len(),
-            tokens: batch.tokens(),
+            loss,
+            response_tokens,
+            tokens: examples.iter().map(|e| e.ids.len() - 1).sum(),
             grad_norm: norm,
             learning_rate: lr,
             seconds: start.elapsed().as_secs_f64(),
+            stages,
             skipped: !finite,
         })
     }
 
-    /// The adapter with the window's tensors and the exit's norm as leaves that keep gradients.
-    fn tracked_adapter(&self, exit: usize) -> Adapter {
-        let mut adapter = self.adapter.clone();
-        for index in window(exit, self.config.window) {
-            let Some(block) = adapter.block_mut(index) else { continue };
-            for &projection in &self.config.lora.targets {
-                if let Some(lora) = block.get_mut(projection) {
-                    lora.a = lora.a.clone().autodiff().require_grad();
-                    lora.b = lora.b.clone().autodiff().require_grad();
+    /// Bytes of the buffers that are kept from step to step, the optimizer's state included.
+    pub fn buffer_bytes(&self) -> u64 {
+        self.engine.bytes() as u64 + self.optimizer.state_bytes()
+    }
+
+    /// Updates what the step trained, in a fixed order.
+    fn apply(&mut self, place: &Place, scale: f64, lr: f64) -> Result<(), TuneError> {
+        let Self { adapter, optimizer, gradients, .. } = self;
+        for (index, block) in place.window.clone().zip(&gradients.blocks) {
+            for (gradient, projection) in block.linears.iter().zip(Projection::ALL) {
+                let lora = adapter.block_mut(index).and_then(|block| block.get_mut(projection).as_mut());
+                let (Some(lora), Some(gradient)) = (lora, gradient) else { continue };
+                let name = format!("{index}.{}", projection.name());
+                for (part, tensor, gradient) in [("a", &mut lora.a, &gradient.a), ("b", &mut lora.b, &gradient.b)] {
+                    let dims = tensor.dims();
+                    let device = tensor.device();
+                    let mut values = to_vec(tensor.clone())?;
+                    shim(optimizer, &format!("{name}.{part}"), &mut values, gradient, scale as f32, lr);
+                    *tensor = Tensor::from_data(TensorData::new(values, dims), &device);
                 }
             }
         }
-        if self.config.train_exit_norms
-            && exit < self.decoder.n_blocks()
-            && let Some(norm) = self.adapter.exit_norm(exit)
-        {
-            adapter.set_exit_norm(exit, norm.clone().autodiff().require_grad());
+        if let Some(norm) = adapter.exit_norm(place.exit).filter(|_| place.norm).cloned() {
+            let (dims, device) = (norm.dims(), norm.device());
+            let mut values = to_vec(norm)?;
+            shim(optimizer, &format!("exit.{}", place.exit), &mut values, &gradients.norm, scale as f32, lr);
+            adapter.set_exit_norm(place.exit, Tensor::from_data(TensorData::new(values, dims), &device));
         }
-        adapter
-    }
-
-    /// Mean loss over the batch's response tokens at `exit`.
-    fn loss(&self, batch: &Batch, exit: usize, adapter: &Adapter) -> Result<Tensor<1>, TuneError> {
-        let decoder = self.decoder;
-        let trained = window(exit, self.config.window);
-        let rows: Vec<&[u32]> = batch.rows.iter().map(Vec::as_slice).collect();
-        let hidden = decoder.embed(&rows)?;
-        let hidden = decoder.run_blocks(hidden, 0..trained.start, Some(&self.adapter), None)?;
-        let hidden = decoder.run_blocks(hidden, trained, Some(adapter), None)?;
-        let [batch_size, tokens, d] = hidden.dims();
-        let device = decoder.device();
-        let positions = Tensor::<1, Int>::from_data(batch.positions.as_slice(), device);
-        let targets = Tensor::<1, Int>::from_data(batch.targets.as_slice(), device);
-        let weight = 1.0 / batch.targets.len() as f32;
-        let weights = Tensor::<1>::full([batch.targets.len()], weight, device);
-        let picked = hidden.reshape([batch_size * tokens, d]).select(0, positions);
-        let normed = decoder.exit_norm(picked, exit, Some(adapter));
-        Ok(decoder.loss(normed, targets, weights))
-    }
-
-    /// Takes the gradients of the step's trained tensors, in a fixed order.
-    fn collect(&self, tracked: &Adapter, exit: usize, all: &mut Gradients) -> Vec<Gradient> {
-        let mut out = Vec::new();
-        let mut push = |name: String, slot: Slot, value: Option<Tensor<1>>| {
-            if let Some(value) = value {
-                out.push(Gradient { name, slot, value });
-            }
-        };
-        for index in window(exit, self.config.window) {
-            let Some(block) = tracked.block(index) else { continue };
-            for &projection in &self.config.lora.targets {
-                let Some(lora) = block.get(projection) else { continue };
-                let base = format!("{index}.{}", projection.name());
-                push(format!("{base}.a"), Slot::LoraA(index, projection), lora.a.grad_remove(all).map(flat));
-                push(format!("{base}.b"), Slot::LoraB(index, projection), lora.b.grad_remove(all).map(flat));
-            }
-        }
-        if let Some(norm) = tracked.exit_norm(exit).filter(|norm| norm.is_require_grad()) {
-            push(format!("exit.{exit}"), Slot::ExitNorm(exit), norm.grad_remove(all));
-        }
-        out
-    }
-
-    fn apply(&mut self, gradients: Vec<Gradient>, scale: f64, lr: f64) {
-        for Gradient { name, slot, value } in gradients {
-            let grad = value.mul_scalar(scale);
-            match slot {
-                Slot::LoraA(index, projection) | Slot::LoraB(index, projection) => {
-                    let lora = self.adapter.block_mut(index).and_then(|block| block.get_mut(projection).as_mut());
-                    let Some(lora) = lora else { continue };
-                    let target = if matches!(slot, Slot::LoraA(..)) { &mut lora.a } else { &mut lora.b };
-                    let dims = target.dims();
-                    *target = self.optimizer.update(&name, target.clone(), grad.reshape(dims), lr);
-                }
-                Slot::ExitNorm(exit) => {
-                    if let Some(norm) = self.adapter.exit_norm(exit).cloned() {
-                        let updated = self.optimizer.update(&name, norm, grad, lr);
-                        self.adapter.set_exit_norm(exit, updated);
-                    }
-                }
-            }
-        }
+        Ok(())
     }
 }
 
-fn flat(tensor: Tensor<2>) -> Tensor<1> {
-    let len = tensor.shape().num_elements();
-    tensor.reshape([len])
-}
-
-/// `sqrt(sum |g|^2)` over all gradients.
-fn global_norm(gradients: &[Gradient]) -> Result<f64, TuneError> {
-    let mut sum = 0.0;
-    for gradient in gradients {
-        sum += f64::from(to_vec(gradient.value.clone().powi_scalar(2).sum())?[0]);
-    }
-    Ok(sum.sqrt())
+fn shim(o: &mut AdamW, name: &str, values: &mut Vec<f32>, g: &[f32], scale: f32, lr: f64) {
+    let d = burn::tensor::Device::flex();
+    let v = Tensor::<1>::from_data(TensorData::new(values.clone(), [values.len()]), &d);
+    let g: Vec<f32> = g.iter().map(|g| g * scale).collect();
+    let g = Tensor::<1>::from_data(TensorData::new(g, [values.len()]), &d);
+    *values = to_vec(o.update(name, v, g, lr)).unwrap();
 }

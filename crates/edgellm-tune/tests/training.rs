@@ -9,12 +9,14 @@ use edgellm_model::testing::tiny_decoder;
 use edgellm_model::values::Projection;
 use edgellm_tune::exits::{Cyclic, ExitScale, exit_schedule};
 use edgellm_tune::optimizer::{AdamWConfig, LrSchedule};
-use edgellm_tune::{Trainer, TuneConfig, TuneError};
+use edgellm_tune::{Keep, Trainer, TuneConfig, TuneError};
 
 fn config(exits: Vec<usize>, window: usize) -> TuneConfig {
     TuneConfig {
         steps: 40,
         batch_size: 2,
+        micro_batch: 2,
+        keep: Keep::Last(1),
         exits,
         window,
         lora: LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Projection::ALL.to_vec() },

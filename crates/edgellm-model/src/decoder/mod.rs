@@ -15,8 +15,10 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use edgellm_kernels::{
-    BlockScratch, CacheType, cross_entropy_head, decoder_block, decoder_block_uncached, packed_embedding, rms_norm,
+    CacheType, cross_entropy_head, decoder_block, decoder_block_uncached, packed_embedding, rms_norm,
 };
+
+pub use edgellm_kernels::{BlockGradients, BlockScratch, BlockTape, HeadLoss, LoraGradient};
 
 pub use self::block::{Block, Linear, LinearObserver, Weight};
 pub use self::cache::KvCache;

@@ -15,7 +15,7 @@ use edgellm::session::LoadedModel;
 use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule};
 use edgellm::tune::voters::VOTERS;
-use edgellm::tune::{StepReport, Trainer, TuneConfig};
+use edgellm::tune::{Keep, StepReport, Trainer, TuneConfig};
 use serde_json::{Map, Value, json};
 
 use super::data::DataArgs;
@@ -192,6 +192,8 @@ impl Adapt {
         Ok(TuneConfig {
             steps: self.steps,
             batch_size: self.batch,
+            micro_batch: self.batch,
+            keep: Keep::Inputs,
             exits: even_exits(n_blocks, self.exits).map_err(usage)?,
             window: self.window,
             lora,

@@ -51,7 +51,7 @@ pub(super) unsafe fn low_rank<L: Vector>(job: &mut LowRank<'_>) {
     // SAFETY: the function's contract.
     unsafe {
         match job {
-            LowRank::Down { x, m, rank, factor, out } if L::TILE >= 12 => down::<L, 2>(x, m, *rank, *factor, out),
+            LowRank::Down { x, m, rank, factor, out } if L::TILE >= 12 => down::<L, 4>(x, m, *rank, *factor, out),
             LowRank::Down { x, m, rank, factor, out } => down::<L, 1>(x, m, *rank, *factor, out),
             LowRank::Up { u, m, rank, out } if L::TILE >= 12 => up::<L, 4>(u, m, *rank, out),
             LowRank::Up { u, m, rank, out } => up::<L, 2>(u, m, *rank, out),
@@ -195,21 +195,16 @@ unsafe fn outer<L: Vector>(u: &[f32], x: &[f32], rank: usize, width: usize, firs
     for (u, x) in u.chunks(TOKENS * rank).zip(x.chunks(TOKENS * width)) {
         let mut i = 0;
         while i + LANES <= n {
-            let mut j = 0;
-            while j < rank {
-                let x = &x[first + i..];
-                // SAFETY: the rows and columns exist.
-                unsafe {
-                    j += if rank - j >= 2 * ROWS && L::TILE >= 12 {
-                        outer_tile::<L, { 2 * ROWS }>(&u[j..], x, rank, width, &mut out[j * n + i..], n)
-                    } else if rank - j >= ROWS {
-                        outer_tile::<L, ROWS>(&u[j..], x, rank, width, &mut out[j * n + i..], n)
-                    } else {
-                        outer_tile::<L, 1>(&u[j..], x, rank, width, &mut out[j * n + i..], n)
-                    };
+            let columns = &x[first + i..];
+            // Neighbouring cache lines are read together.
+            // SAFETY: the columns exist.
+            i += unsafe {
+                if L::TILE >= 12 && i + 4 * LANES <= n {
+                    outer_columns::<L, 4>(u, columns, rank, width, &mut out[i..], n)
+                } else {
+                    outer_columns::<L, 1>(u, columns, rank, width, &mut out[i..], n)
                 }
-            }
-            i += LANES;
+            };
         }
         for i in i..n {
             for j in 0..rank {
@@ -220,11 +215,40 @@ unsafe fn outer<L: Vector>(u: &[f32], x: &[f32], rank: usize, width: usize, firs
     }
 }
 
+/// `16 W` columns of all rows of the result; returns their number.
+///
 /// # Safety
-/// `u` and `x` are the first of rows that are `rank` and `width` apart, as many; 16 columns of `x` and of `R` rows of
-/// `out`, which are `n` apart, exist; the instruction set is `L`.
+/// `u` and `x` are the first of rows that are `rank` and `width` apart, as many; the columns of `x` and of `out`, whose
+/// rows are `n` apart, exist; the instruction set is `L`.
 #[inline(always)]
-unsafe fn outer_tile<L: Vector, const R: usize>(
+unsafe fn outer_columns<L: Vector, const W: usize>(
+    u: &[f32],
+    x: &[f32],
+    rank: usize,
+    width: usize,
+    out: &mut [f32],
+    n: usize,
+) -> usize {
+    let mut j = 0;
+    while j < rank {
+        // SAFETY: the function's contract.
+        unsafe {
+            j += if rank - j >= ROWS {
+                outer_tile::<L, ROWS, W>(&u[j..], x, rank, width, &mut out[j * n..], n)
+            } else {
+                outer_tile::<L, 1, W>(&u[j..], x, rank, width, &mut out[j * n..], n)
+            };
+        }
+    }
+    W * LANES
+}
+
+/// `R` rows and `16 W` columns of the result; returns the rows.
+///
+/// # Safety
+/// As [`outer_columns`], with `R` rows of `out`.
+#[inline(always)]
+unsafe fn outer_tile<L: Vector, const R: usize, const W: usize>(
     u: &[f32],
     x: &[f32],
     rank: usize,
@@ -234,15 +258,22 @@ unsafe fn outer_tile<L: Vector, const R: usize>(
 ) -> usize {
     // SAFETY: the function's contract.
     unsafe {
-        let mut sums: [L::F; R] = core::array::from_fn(|r| L::load_f(out.as_ptr().add(r * n)));
+        let at = |r: usize, w: usize| r * n + w * LANES;
+        let load = |r: usize| core::array::from_fn(|w| L::load_f(out.as_ptr().add(at(r, w))));
+        let mut sums: [[L::F; W]; R] = core::array::from_fn(load);
         for t in 0..u.len().div_ceil(rank) {
-            let x = L::load_f(x.as_ptr().add(t * width));
-            for (r, sum) in sums.iter_mut().enumerate() {
-                *sum = L::fma(x, L::splat(*u.as_ptr().add(t * rank + r)), *sum);
+            let x: [L::F; W] = core::array::from_fn(|w| L::load_f(x.as_ptr().add(t * width + w * LANES)));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let u = L::splat(*u.as_ptr().add(t * rank + r));
+                for (sum, x) in sums.iter_mut().zip(x) {
+                    *sum = L::fma(x, u, *sum);
+                }
             }
         }
-        for (r, sum) in sums.into_iter().enumerate() {
-            L::store_f(out.as_mut_ptr().add(r * n), sum);
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (w, sum) in sums.into_iter().enumerate() {
+                L::store_f(out.as_mut_ptr().add(at(r, w)), sum);
+            }
         }
     }
     R
@@ -267,7 +298,7 @@ mod tests {
     fn products_are_those_of_plain_loops() {
         for isa in Isa::available() {
             let kernel = Kernel::new(isa).unwrap();
-            for (tokens, n, rank) in [(1, 16, 1), (3, 64, 8), (7, 50, 5), (70, 48, 16), (33, 31, 3)] {
+            for (tokens, n, rank) in [(1, 16, 1), (3, 64, 8), (7, 50, 5), (70, 48, 16), (33, 31, 3), (5, 150, 8)] {
                 let (x, m, u) = (values(tokens * n, 1), values(rank * n, 2), values(tokens * rank, 3));
                 let what = format!("{isa}, {tokens} tokens, {n} values, rank {rank}");
                 let mut out = vec![0.0; tokens * rank];

@@ -26,9 +26,7 @@ pub struct BlockTape {
 impl BlockTape {
     /// Bytes of its buffers.
     pub fn bytes(&self) -> usize {
-        let a = &self.acts;
-        let acts = [&a.q, &a.k, &a.v, &a.raw_q, &a.raw_k, &a.attended, &a.middle, &a.gate, &a.up];
-        4 * (self.input.capacity() + acts.map(Vec::capacity).iter().sum::<usize>())
+        4 * self.input.capacity() + self.acts.bytes()
     }
 }
 
@@ -62,6 +60,14 @@ pub(super) struct Buffers {
     dq: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
+}
+
+impl Buffers {
+    /// Bytes of the buffers.
+    pub(super) fn bytes(&self) -> usize {
+        let Self { d_gate, d_up, d_normed, d_attended, dq, dk, dv } = self;
+        4 * [d_gate, d_up, d_normed, d_attended, dq, dk, dv].map(Vec::capacity).iter().sum::<usize>()
+    }
 }
 
 /// As [`decoder_block_uncached`](super::decoder_block_uncached), and leaves on the tape what the backward pass needs:

@@ -59,5 +59,11 @@ pub(super) fn outer(kernel: Kernel, u: &[f32], x: &[f32], rank: usize, out: &mut
 
 /// The transpose of `m`, `[rows, cols]`.
 pub(super) fn transposed(m: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    (0..rows * cols).map(|i| m[i % rows * cols + i / rows]).collect()
+    let mut out = vec![0.0; rows * cols];
+    for (i, row) in m.chunks_exact(cols).enumerate() {
+        for (j, value) in row.iter().enumerate() {
+            out[j * rows + i] = *value;
+        }
+    }
+    out
 }

@@ -112,6 +112,14 @@ struct Activations {
     up: Vec<f32>,
 }
 
+impl Activations {
+    /// Bytes of the buffers.
+    fn bytes(&self) -> usize {
+        let Self { q, k, v, raw_q, raw_k, attended, middle, gate, up } = self;
+        4 * [q, k, v, raw_q, raw_k, attended, middle, gate, up].map(Vec::capacity).iter().sum::<usize>()
+    }
+}
+
 /// Buffers of [`decoder_block`] and its backward pass, kept from call to call.
 #[derive(Default)]
 pub struct BlockScratch {
@@ -121,6 +129,14 @@ pub struct BlockScratch {
     acts: Activations,
     caches: Vec<BlockCache>,
     backward: backward::Buffers,
+}
+
+impl BlockScratch {
+    /// Bytes of its buffers, but for those of rounded activations.
+    pub fn bytes(&self) -> usize {
+        let caches: usize = self.caches.iter().map(BlockCache::bytes).sum();
+        4 * (self.normed.capacity() + self.product.capacity()) + self.acts.bytes() + self.backward.bytes() + caches
+    }
 }
 
 impl core::fmt::Debug for BlockScratch {

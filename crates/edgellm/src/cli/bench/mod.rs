@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use self::kernels::KernelArgs;
-use self::model::{ModelBench, Test};
+use self::model::{ModelBench, Test, TuneStep};
 use self::report::Row;
 use super::failure::Usage;
 use super::{Context, output, stop_if_requested};
@@ -39,6 +39,15 @@ pub(crate) struct Bench {
     /// Sequences in a tuning step
     #[arg(long, value_name = "B", default_value_t = 1, value_parser = positive)]
     tune_batch: usize,
+    /// Blocks below an exit that a tuning step trains (default: all of them)
+    #[arg(long, value_name = "M", value_parser = positive)]
+    tune_window: Option<usize>,
+    /// Exits of the tuning steps, evenly spaced and taken in turn: a repetition is a step at each of them
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = positive)]
+    tune_exits: usize,
+    /// Keep the window's block inputs only, and compute its activations again: less memory, more time
+    #[arg(long)]
+    tune_recompute: bool,
     /// Threads, one run for each number (default: --threads, or all cores)
     #[arg(short = 't', value_name = "N", value_delimiter = ',', conflicts_with = "threads")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -99,11 +108,16 @@ impl Bench {
         if self.tune.contains(&1) {
             return Err(Usage("--tune: expected 0 or at least 2 tokens, found 1".into()).into());
         }
-        let batch = self.tune_batch;
+        let step = TuneStep {
+            batch: self.tune_batch,
+            window: self.tune_window,
+            exits: self.tune_exits,
+            recompute: self.tune_recompute,
+        };
         let listed = |list: &[usize]| list.iter().copied().filter(|&n| n > 0).collect::<Vec<_>>();
         let mut tests: Vec<Test> = listed(&self.n_prompt).into_iter().map(|tokens| Test::Prompt { tokens }).collect();
         tests.extend(listed(&self.n_gen).into_iter().map(|tokens| Test::Generate { tokens }));
-        tests.extend(listed(&self.tune).into_iter().map(|tokens| Test::Tune { tokens, batch }));
+        tests.extend(listed(&self.tune).into_iter().map(|tokens| Test::Tune { tokens, step }));
         if tests.is_empty() {
             return Err(Usage("expected a test, found -p, -n and --tune all 0".into()).into());
         }
@@ -143,12 +157,15 @@ impl Bench {
             format!("-n={}", list(&self.n_gen)),
             format!("--tune={}", list(&self.tune)),
             format!("--tune-batch={}", self.tune_batch),
+            format!("--tune-exits={}", self.tune_exits),
             format!("-t={threads}"),
             format!("-r={}", self.repetitions),
             "-o=json".into(),
             format!("--device={}", ctx.device),
             format!("--activations={}", ctx.activations),
         ]);
+        arguments.extend(self.tune_window.map(|window| format!("--tune-window={window}")));
+        arguments.extend(self.tune_recompute.then(|| "--tune-recompute".into()));
         arguments.extend(ctx.quiet.then(|| "--quiet".into()));
         arguments.extend((0..ctx.verbose).map(|_| "-v".to_string()));
         arguments

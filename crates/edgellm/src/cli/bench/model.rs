@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use edgellm::eval::peak_rss_bytes;
 use edgellm::kernels::{active_isa, threads};
-use edgellm::model::adapter::LoraConfig;
+use edgellm::model::adapter::{LoraConfig, even_exits};
 use edgellm::model::data::Example;
 use edgellm::model::files::ModelFiles;
 use edgellm::model::generate::{Flow, Generator};
@@ -14,9 +14,9 @@ use edgellm::session::LoadedModel;
 use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule};
 use edgellm::tune::voters::voter;
-use edgellm::tune::{Trainer, TuneConfig};
+use edgellm::tune::{Keep, Trainer, TuneConfig};
 
-use super::super::failure::Usage;
+use super::super::failure::{Usage, usage};
 use super::super::progress::Counted;
 use super::super::{Context, stop_if_requested};
 use super::process::{cpu_ns, reset_peak_rss};
@@ -37,8 +37,21 @@ pub(crate) enum Test {
     Prompt { tokens: usize },
     /// Run `tokens` tokens one by one from an empty cache.
     Generate { tokens: usize },
-    /// A step of LoRA on all projections of all blocks, on `batch` sequences of `tokens` tokens.
-    Tune { tokens: usize, batch: usize },
+    /// A step of LoRA on all projections of a window, on sequences of `tokens` tokens.
+    Tune { tokens: usize, step: TuneStep },
+}
+
+/// What a tuning step is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TuneStep {
+    /// Sequences.
+    pub(crate) batch: usize,
+    /// Blocks that are trained; all without.
+    pub(crate) window: Option<usize>,
+    /// Exits, each of which has a step in a repetition.
+    pub(crate) exits: usize,
+    /// Whether activations are computed again.
+    pub(crate) recompute: bool,
 }
 
 impl Test {
@@ -67,6 +80,15 @@ impl Samples {
             self.cpu_ns.push(after.saturating_sub(before));
         }
         Ok(result)
+    }
+
+    /// Divides the last sample among `parts`.
+    fn share(&mut self, parts: u64) {
+        for samples in [&mut self.wall_ns, &mut self.cpu_ns] {
+            if let Some(last) = samples.last_mut() {
+                *last /= parts;
+            }
+        }
     }
 
     fn cpu(&mut self) -> Option<Vec<u64>> {
@@ -102,6 +124,8 @@ impl<'a> ModelBench<'a> {
             n_gen: 0,
             n_tune: 0,
             n_tune_batch: 1,
+            n_tune_window: None,
+            n_tune_exits: 1,
             avg_ns: 0,
             stddev_ns: 0,
             median_ns: 0,
@@ -129,13 +153,16 @@ impl<'a> ModelBench<'a> {
         match test {
             Test::Prompt { tokens } => row.n_prompt = tokens,
             Test::Generate { tokens } => row.n_gen = tokens,
-            Test::Tune { tokens, batch } => (row.n_tune, row.n_tune_batch) = (tokens, batch),
+            Test::Tune { tokens, step } => {
+                (row.n_tune, row.n_tune_batch) = (tokens, step.batch);
+                (row.n_tune_window, row.n_tune_exits) = (step.window, step.exits);
+            }
         }
         reset_peak_rss();
         let mut samples = match test {
             Test::Prompt { tokens } => self.prompt(tokens, &mut row)?,
             Test::Generate { tokens } => self.generate(tokens, &row)?,
-            Test::Tune { tokens, batch } => self.tune(tokens, batch, &row)?,
+            Test::Tune { tokens, step } => self.tune(tokens, step, &row)?,
         };
         row.peak_rss_bytes = peak_rss_bytes();
         let cpu = samples.cpu();
@@ -207,36 +234,41 @@ impl<'a> ModelBench<'a> {
         })
     }
 
-    fn tune(&self, tokens: usize, batch: usize, row: &Row) -> anyhow::Result<Samples> {
+    fn tune(&self, tokens: usize, step: TuneStep, row: &Row) -> anyhow::Result<Samples> {
         let mut random = Random::new(SEED);
-        let examples: Vec<Example> = (0..batch)
+        let examples: Vec<Example> = (0..step.batch)
             .map(|_| {
                 let ids = self.tokens(&mut random, tokens);
                 Example::new(&ids[..1], &ids[1..])
             })
             .collect();
-        let steps = self.repetitions as u64 + 1;
-        let mut trainer = Trainer::new(
-            &self.model.decoder,
-            self.tune_config(steps, batch),
-            exit_schedule("sequential", steps, SEED)?,
-        )?;
+        let steps = (self.repetitions as u64 + 1) * step.exits as u64;
+        let config = self.tune_config(steps, step)?;
+        let mut trainer = Trainer::new(&self.model.decoder, config, exit_schedule("cyclic", steps, SEED)?)?;
         self.repeat(row, |samples, _| {
-            let report = samples.time(|| Ok(trainer.train_step(&examples)?))?;
-            if report.skipped {
-                anyhow::bail!("tuning step {}: expected a finite loss, found {}", report.step, report.loss);
-            }
+            samples.time(|| {
+                for _ in 0..step.exits {
+                    let report = trainer.train_step(&examples)?;
+                    if report.skipped {
+                        anyhow::bail!("tuning step {}: expected a finite loss, found {}", report.step, report.loss);
+                    }
+                }
+                Ok(())
+            })?;
+            samples.share(step.exits as u64);
             Ok(())
         })
     }
 
-    fn tune_config(&self, steps: u64, batch_size: usize) -> TuneConfig {
+    fn tune_config(&self, steps: u64, step: TuneStep) -> anyhow::Result<TuneConfig> {
         let n_blocks = self.model.decoder.n_blocks();
-        TuneConfig {
+        Ok(TuneConfig {
             steps,
-            batch_size,
-            exits: vec![n_blocks],
-            window: n_blocks,
+            batch_size: step.batch,
+            micro_batch: step.batch,
+            keep: if step.recompute { Keep::Inputs } else { Keep::All },
+            exits: even_exits(n_blocks, step.exits).map_err(usage)?,
+            window: step.window.unwrap_or(n_blocks),
             lora: LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, targets: Projection::ALL.to_vec() },
             train_exit_norms: false,
             learning_rate: 1e-4,
@@ -246,7 +278,7 @@ impl<'a> ModelBench<'a> {
             adamw: AdamWConfig::default(),
             max_grad_norm: 1.0,
             seed: SEED,
-        }
+        })
     }
 }
 

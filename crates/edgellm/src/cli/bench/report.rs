@@ -29,6 +29,10 @@ pub(crate) struct Row {
     pub(crate) n_tune: usize,
     /// Sequences of a tuning step.
     pub(crate) n_tune_batch: usize,
+    /// Blocks that a tuning step trains; all of them without.
+    pub(crate) n_tune_window: Option<usize>,
+    /// Exits that the tuning steps took in turn.
+    pub(crate) n_tune_exits: usize,
     pub(crate) avg_ns: u64,
     pub(crate) stddev_ns: u64,
     pub(crate) median_ns: u64,
@@ -48,7 +52,7 @@ pub(crate) struct Row {
 }
 
 /// The columns of CSV, in the order of JSON.
-const COLUMNS: [&str; 24] = [
+const COLUMNS: [&str; 26] = [
     "build_version",
     "isa",
     "device",
@@ -62,6 +66,8 @@ const COLUMNS: [&str; 24] = [
     "n_gen",
     "n_tune",
     "n_tune_batch",
+    "n_tune_window",
+    "n_tune_exits",
     "avg_ns",
     "stddev_ns",
     "median_ns",
@@ -97,8 +103,19 @@ impl Row {
         match (self.n_prompt, self.n_gen, self.n_tune) {
             (n, 0, 0) => format!("pp{n}"),
             (0, n, 0) => format!("tg{n}"),
-            (_, _, n) if self.n_tune_batch > 1 => format!("tune{n}x{}", self.n_tune_batch),
-            (_, _, n) => format!("tune{n}"),
+            (_, _, n) => {
+                let mut name = format!("tune{n}");
+                if self.n_tune_batch > 1 {
+                    name.push_str(&format!("x{}", self.n_tune_batch));
+                }
+                if let Some(window) = self.n_tune_window {
+                    name.push_str(&format!(" w{window}"));
+                }
+                if self.n_tune_exits > 1 {
+                    name.push_str(&format!(" e{}", self.n_tune_exits));
+                }
+                name
+            }
         }
     }
 }
@@ -207,6 +224,8 @@ mod tests {
             n_gen,
             n_tune,
             n_tune_batch,
+            n_tune_window: None,
+            n_tune_exits: 1,
             avg_ns: 0,
             stddev_ns: 0,
             median_ns: 0,
