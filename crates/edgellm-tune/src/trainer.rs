@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use burn::tensor::{Gradients, Int, Tensor};
+use burn::tensor::{Gradients, Int, Tensor, TensorData};
 use edgellm_model::adapter::{Adapter, LoraConfig};
 use edgellm_model::data::Example;
 use edgellm_model::decoder::Decoder;
@@ -226,7 +226,7 @@ impl<'a> Trainer<'a> {
             self.skipped_in_a_row = 0;
             let clip = self.config.max_grad_norm;
             let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
-            self.apply(gradients, scale, lr);
+            self.apply(gradients, scale, lr)?;
         } else {
             self.skipped_in_a_row += 1;
             tracing::warn!(step, loss = value, grad_norm = norm, "step skipped: loss or gradients are not finite");
@@ -312,25 +312,29 @@ impl<'a> Trainer<'a> {
         out
     }
 
-    fn apply(&mut self, gradients: Vec<Gradient>, scale: f64, lr: f64) {
+    fn apply(&mut self, gradients: Vec<Gradient>, scale: f64, lr: f64) -> Result<(), TuneError> {
         for Gradient { name, slot, value } in gradients {
-            let grad = value.mul_scalar(scale);
+            let grad = to_vec(value)?;
             match slot {
                 Slot::LoraA(index, projection) | Slot::LoraB(index, projection) => {
                     let lora = self.adapter.block_mut(index).and_then(|block| block.get_mut(projection).as_mut());
                     let Some(lora) = lora else { continue };
                     let target = if matches!(slot, Slot::LoraA(..)) { &mut lora.a } else { &mut lora.b };
-                    let dims = target.dims();
-                    *target = self.optimizer.update(&name, target.clone(), grad.reshape(dims), lr);
+                    let mut values = to_vec(target.clone())?;
+                    self.optimizer.update(&name, &mut values, &grad, scale as f32, lr);
+                    *target = Tensor::from_data(TensorData::new(values, target.dims()), &target.device());
                 }
                 Slot::ExitNorm(exit) => {
                     if let Some(norm) = self.adapter.exit_norm(exit).cloned() {
-                        let updated = self.optimizer.update(&name, norm, grad, lr);
+                        let mut values = to_vec(norm.clone())?;
+                        self.optimizer.update(&name, &mut values, &grad, scale as f32, lr);
+                        let updated = Tensor::from_data(TensorData::new(values, norm.dims()), &norm.device());
                         self.adapter.set_exit_norm(exit, updated);
                     }
                 }
             }
         }
+        Ok(())
     }
 }
 
