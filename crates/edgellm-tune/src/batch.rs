@@ -34,9 +34,4 @@ impl Batch {
         }
         batch
     }
-
-    /// Tokens that are run, padding included.
-    pub(crate) fn tokens(&self) -> usize {
-        self.rows.iter().map(Vec::len).sum()
-    }
 }

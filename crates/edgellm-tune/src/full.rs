@@ -127,29 +127,35 @@ impl Weights {
     }
 
     /// Updates every weight from the gradients of its tracked twin; `scale` clips.
-    fn update(&mut self, tracked: &Weights, grads: &mut Gradients, optimizer: &mut Optimizers, lr: f64, scale: f64) {
+    fn update(
+        &mut self,
+        tracked: &Weights,
+        grads: &mut Gradients,
+        optimizer: &mut Optimizers,
+        lr: f64,
+        scale: f32,
+    ) -> Result<(), TuneError> {
         let Optimizers { matrices, vectors } = optimizer;
-        let mut matrix = |name: String, value: &mut Tensor<2>, leaf: &Tensor<2>| {
-            if let Some(grad) = leaf.grad_remove(grads) {
-                *value = matrices.update(&name, value.clone(), grad.mul_scalar(scale), lr);
-            }
+        let mut matrix = |name: String, value: &mut Tensor<2>, leaf: &Tensor<2>| match leaf.grad_remove(grads) {
+            Some(grad) => update(matrices, &name, value, grad, scale, lr),
+            None => Ok(()),
         };
-        matrix("embedding".into(), &mut self.embedding, &tracked.embedding);
+        matrix("embedding".into(), &mut self.embedding, &tracked.embedding)?;
         for (index, (block, leaf)) in self.blocks.iter_mut().zip(&tracked.blocks).enumerate() {
             for (p, projection) in Projection::ALL.into_iter().enumerate() {
-                matrix(format!("{index}.{}", projection.name()), &mut block.linears[p], &leaf.linears[p]);
+                matrix(format!("{index}.{}", projection.name()), &mut block.linears[p], &leaf.linears[p])?;
             }
         }
-        let mut vector = |name: String, value: &mut Tensor<1>, leaf: &Tensor<1>| {
-            if let Some(grad) = leaf.grad_remove(grads) {
-                *value = vectors.update(&name, value.clone(), grad.mul_scalar(scale), lr);
-            }
+        let mut vector = |name: String, value: &mut Tensor<1>, leaf: &Tensor<1>| match leaf.grad_remove(grads) {
+            Some(grad) => update(vectors, &name, value, grad, scale, lr),
+            None => Ok(()),
         };
-        vector("final_norm".into(), &mut self.final_norm, &tracked.final_norm);
+        vector("final_norm".into(), &mut self.final_norm, &tracked.final_norm)?;
         for (index, (block, leaf)) in self.blocks.iter_mut().zip(&tracked.blocks).enumerate() {
-            vector(format!("{index}.attn_norm"), &mut block.attn_norm, &leaf.attn_norm);
-            vector(format!("{index}.mlp_norm"), &mut block.mlp_norm, &leaf.mlp_norm);
+            vector(format!("{index}.attn_norm"), &mut block.attn_norm, &leaf.attn_norm)?;
+            vector(format!("{index}.mlp_norm"), &mut block.mlp_norm, &leaf.mlp_norm)?;
         }
+        Ok(())
     }
 
     fn squared_norm(tracked: &Weights, grads: &Gradients) -> Result<f64, TuneError> {
@@ -172,6 +178,21 @@ impl Weights {
 struct Optimizers {
     matrices: AdamW,
     vectors: AdamW,
+}
+
+/// One update of a weight: its values leave the tensor, and a new tensor takes its place.
+fn update<const D: usize>(
+    optimizer: &mut AdamW,
+    name: &str,
+    value: &mut Tensor<D>,
+    grad: Tensor<D>,
+    scale: f32,
+    lr: f64,
+) -> Result<(), TuneError> {
+    let mut values = to_vec(value.clone())?;
+    optimizer.update(name, &mut values, &to_vec(grad)?, scale, lr);
+    *value = Tensor::from_data(TensorData::new(values, value.dims()), &value.device());
+    Ok(())
 }
 
 /// Standard normal noise (Box and Muller, 1958).
@@ -223,7 +244,8 @@ pub fn pretrain(
         let mut grads = total.backward();
         let norm = Weights::squared_norm(&tracked, &grads)?.sqrt();
         let lr = config.learning_rate * LrSchedule::Cosine.factor(step, config.steps, config.warmup_steps);
-        weights.update(&tracked, &mut grads, &mut optimizers, lr, if norm > 1.0 { 1.0 / norm } else { 1.0 });
+        let clip = if norm > 1.0 { 1.0 / norm } else { 1.0 };
+        weights.update(&tracked, &mut grads, &mut optimizers, lr, clip as f32)?;
         on_step(&PretrainReport { step, loss, seconds: start.elapsed().as_secs_f64() });
     }
     weights.decoder(model, device)

@@ -7,6 +7,7 @@
 
 mod batch;
 mod calibrate;
+pub mod checkpoint;
 mod error;
 pub mod exits;
 pub mod full;

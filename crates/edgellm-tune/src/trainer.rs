@@ -289,7 +289,7 @@ impl<'a> Trainer<'a> {
                     let dims = tensor.dims();
                     let device = tensor.device();
                     let mut values = to_vec(tensor.clone())?;
-                    shim(optimizer, &format!("{name}.{part}"), &mut values, gradient, scale as f32, lr);
+                    optimizer.update(&format!("{name}.{part}"), &mut values, gradient, scale as f32, lr);
                     *tensor = Tensor::from_data(TensorData::new(values, dims), &device);
                 }
             }
@@ -297,17 +297,9 @@ impl<'a> Trainer<'a> {
         if let Some(norm) = adapter.exit_norm(place.exit).filter(|_| place.norm).cloned() {
             let (dims, device) = (norm.dims(), norm.device());
             let mut values = to_vec(norm)?;
-            shim(optimizer, &format!("exit.{}", place.exit), &mut values, &gradients.norm, scale as f32, lr);
+            optimizer.update(&format!("exit.{}", place.exit), &mut values, &gradients.norm, scale as f32, lr);
             adapter.set_exit_norm(place.exit, Tensor::from_data(TensorData::new(values, dims), &device));
         }
         Ok(())
     }
-}
-
-fn shim(o: &mut AdamW, name: &str, values: &mut Vec<f32>, g: &[f32], scale: f32, lr: f64) {
-    let d = burn::tensor::Device::flex();
-    let v = Tensor::<1>::from_data(TensorData::new(values.clone(), [values.len()]), &d);
-    let g: Vec<f32> = g.iter().map(|g| g * scale).collect();
-    let g = Tensor::<1>::from_data(TensorData::new(g, [values.len()]), &d);
-    *values = to_vec(o.update(name, v, g, lr)).unwrap();
 }

@@ -90,7 +90,7 @@ fn prepared_normalizer(hidden: &[f32], head: Panels<'_>) -> Vec<f32> {
     for_each_mut(&mut partial, |tile, partial| {
         let mut logits = Vec::new();
         let rows = tiles.logits(tile, &mut logits).layout().rows;
-        *partial = vectorized(kernel, || logits.chunks(rows).map(max_and_sum).collect());
+        maxima_and_sums(kernel, &logits, rows, partial);
     });
     combine(&partial, tiles.x.count())
 }
@@ -230,7 +230,7 @@ impl<'a> Chunk<'a> {
                     ColumnsMut::whole(&mut out.logits, tokens, n, n).product(self.x, w.t(), 1.0, false);
                 }
             }
-            out.partial = vectorized(kernel, || out.logits.chunks(rows.len()).map(max_and_sum).collect());
+            maxima_and_sums(kernel, &out.logits, rows.len(), &mut out.partial);
         });
         let partial: Vec<&[(f32, f32)]> = tiles.iter().map(|t| t.partial.as_slice()).collect();
         let normalizers = combine(&partial, tokens);
@@ -291,15 +291,39 @@ impl<'a> Chunk<'a> {
     }
 }
 
+/// [`max_and_sum`] of every row.
+fn maxima_and_sums(kernel: Kernel, logits: &[f32], width: usize, out: &mut Vec<(f32, f32)>) {
+    out.clear();
+    out.resize(logits.len() / width, (0.0, 0.0));
+    // A loop, not `collect`, which would not be compiled for the instruction set.
+    vectorized(kernel, || {
+        for (out, row) in out.iter_mut().zip(logits.chunks_exact(width)) {
+            *out = max_and_sum(row);
+        }
+    });
+}
+
 /// The maximum, and the sum of the exponentials of the distances to it.
 #[inline(always)]
 fn max_and_sum(logits: &[f32]) -> (f32, f32) {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sums = [0.0f32; 16];
-    for chunk in logits.chunks(16) {
+    const LANES: usize = 16;
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (whole, rest) = logits.split_at(logits.len() / LANES * LANES);
+    let mut tops = [f32::NEG_INFINITY; LANES];
+    for chunk in whole.chunks_exact(LANES) {
+        for (top, &logit) in tops.iter_mut().zip(chunk) {
+            *top = larger(*top, logit);
+        }
+    }
+    let max = tops.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
+    let mut sums = [0.0f32; LANES];
+    for chunk in whole.chunks_exact(LANES) {
         for (sum, &logit) in sums.iter_mut().zip(chunk) {
             *sum += exp(logit - max);
         }
+    }
+    for (sum, &logit) in sums.iter_mut().zip(rest) {
+        *sum += exp(logit - max);
     }
     (max, sums.iter().sum())
 }

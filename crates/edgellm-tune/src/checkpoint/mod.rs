@@ -1,0 +1,5 @@
+//! Checkpoints of a training run.
+
+mod buffer;
+
+pub use buffer::{Buffer, NamedBuffer};
