@@ -122,7 +122,12 @@ fn adapters_on_both_paths() {
 }
 
 /// The gradients of two sequences' summed losses at an exit, by autodiff: A, B of every layer of the window, the norm's.
-fn gradients_by_tensors(decoder: &Decoder, adapter: &Adapter, window: Range<usize>, exit: usize) -> (f64, Vec<Vec<f32>>) {
+fn gradients_by_tensors(
+    decoder: &Decoder,
+    adapter: &Adapter,
+    window: Range<usize>,
+    exit: usize,
+) -> (f64, Vec<Vec<f32>>) {
     let mut tracked = adapter.clone();
     let mut leaves = Vec::new();
     for index in window.clone() {
@@ -156,7 +161,12 @@ fn gradients_by_tensors(decoder: &Decoder, adapter: &Adapter, window: Range<usiz
 }
 
 /// The same on slices; every other block keeps its activations.
-fn gradients_by_slices(decoder: &Decoder, adapter: &Adapter, window: Range<usize>, exit: usize) -> (f64, Vec<Vec<f32>>) {
+fn gradients_by_slices(
+    decoder: &Decoder,
+    adapter: &Adapter,
+    window: Range<usize>,
+    exit: usize,
+) -> (f64, Vec<Vec<f32>>) {
     assert!(decoder.runs_on_slices(0..decoder.n_blocks()).unwrap());
     let x = decoder.embed_slices(&SEQUENCES).unwrap();
     let lengths = SEQUENCES.map(<[u32]>::len);

@@ -19,6 +19,16 @@ pub enum TuneError {
         /// What it is.
         found: String,
     },
+    /// A step does not fit in memory.
+    #[error(
+        "memory for a step: expected at least {least} bytes, found {budget}; raise the budget or shorten the examples"
+    )]
+    Memory {
+        /// What the leanest step needs.
+        least: u64,
+        /// What there is.
+        budget: u64,
+    },
     /// There is nothing to learn from.
     #[error("the batch of step {step} has no response token to learn from; check the data and --max-len")]
     EmptyBatch {

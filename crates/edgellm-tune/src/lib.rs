@@ -11,6 +11,7 @@ pub mod checkpoint;
 mod error;
 pub mod exits;
 pub mod full;
+pub mod memory;
 pub mod optimizer;
 mod step;
 mod trainer;

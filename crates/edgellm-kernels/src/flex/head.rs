@@ -135,7 +135,7 @@ fn prepared_expectation(hidden: &[f32], head: Panels<'_>, factor: &[f32], normal
 }
 
 /// Tokens whose logits [`head_loss`] keeps.
-const CHUNK: usize = 64;
+pub const HEAD_CHUNK: usize = 64;
 
 /// What [`head_loss`] computes.
 #[derive(Debug, Clone, PartialEq)]
@@ -171,7 +171,7 @@ pub fn head_loss(
     let normed = pointwise::rms_norm(x.clone(), norm.clone(), eps);
     let mut loss = 0.0;
     let mut gradient = Vec::with_capacity(hidden.len());
-    let chunks = slice::<f32>(&normed).chunks(CHUNK * cols).zip(targets.chunks(CHUNK));
+    let chunks = slice::<f32>(&normed).chunks(HEAD_CHUNK * cols).zip(targets.chunks(HEAD_CHUNK));
     let mut tiles = Vec::new();
     for (hidden, targets) in chunks {
         let targets: Vec<usize> = targets.iter().map(|&id| id as usize).collect();

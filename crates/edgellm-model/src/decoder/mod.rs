@@ -18,7 +18,7 @@ use edgellm_kernels::{
     CacheType, cross_entropy_head, decoder_block, decoder_block_uncached, packed_embedding, rms_norm,
 };
 
-pub use edgellm_kernels::{BlockGradients, BlockScratch, BlockTape, HeadLoss, LoraGradient};
+pub use edgellm_kernels::{BlockGradients, BlockScratch, BlockTape, HEAD_CHUNK, HeadLoss, LoraGradient};
 
 pub use self::block::{Block, Linear, LinearObserver, Weight};
 pub use self::cache::KvCache;

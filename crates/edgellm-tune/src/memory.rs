@@ -1,0 +1,148 @@
+//! What a tuning step needs in memory, and the choice of micro-batch, kept activations and window for a budget.
+//!
+//! The sizes are those of the buffers of the CPU's step (`step/slices.rs` and the blocks on slices below it); with `T` tokens
+//! in a micro-batch, hidden size `d`, `q` query, `k` key and `f` feed-forward dimensions, vocabulary `V`, in `f32` values:
+//!
+//! | what | values |
+//! |---|---|
+//! | hidden states, as they come in and as they go through | `2 T d` |
+//! | a block's activations | `T (2 q + 2 k + d + 2 f)`, where norms of heads exist `T (q + k)` more |
+//! | passing through it | `T (2 d + f)`, and 8-bit copies of at most `1.6 T f` bytes |
+//! | the backward pass | `T (2 f + d + 2 q + 2 k)` |
+//! | keys and values in the arrangement of attention | `2 T k`, rounded up |
+//! | tapes | `T d` a block of the window, and the activations of those that keep them |
+//! | the head | `C V` logits for `C` tokens at a time, and `5 R d` for `R` response tokens |
+//! | gradients | one for each value that a step trains |
+//! | moments | 2 for each value that some step trains (or 2 bytes) |
+
+use std::ops::Range;
+
+use edgellm_model::adapter::LoraConfig;
+use edgellm_model::config::ModelConfig;
+use edgellm_model::decoder::HEAD_CHUNK;
+
+use crate::exits::window;
+use crate::optimizer::StateType;
+use crate::{Keep, TuneConfig, TuneError};
+
+/// Sizes that the memory of a step depends on.
+#[derive(Clone, Debug)]
+pub struct StepShape {
+    /// Hidden size, query, key and feed-forward dimensions, vocabulary.
+    hidden: u64,
+    query: u64,
+    key: u64,
+    feed_forward: u64,
+    vocabulary: u64,
+    head_norms: bool,
+    n_blocks: usize,
+    /// Values of a block's low-rank updates.
+    block_parameters: u64,
+    exits: Vec<usize>,
+    state: StateType,
+}
+
+/// How a step fits into a budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Blocks that a step trains.
+    pub window: usize,
+    /// Examples that are run at once.
+    pub micro_batch: usize,
+    /// What the window keeps.
+    pub keep: Keep,
+    /// Bytes of the step's buffers.
+    pub bytes: u64,
+}
+
+impl StepShape {
+    /// The sizes of a model and a run.
+    pub fn new(model: &ModelConfig, config: &TuneConfig) -> Self {
+        let LoraConfig { rank, targets, .. } = &config.lora;
+        let values = |[out, input]: [usize; 2]| (rank * (out + input)) as u64;
+        StepShape {
+            hidden: model.hidden_size as u64,
+            query: (model.n_heads * model.head_dim) as u64,
+            key: (model.n_kv_heads * model.head_dim) as u64,
+            feed_forward: model.intermediate_size as u64,
+            vocabulary: model.vocab_size as u64,
+            head_norms: model.qk_norm,
+            n_blocks: model.n_layers,
+            block_parameters: targets.iter().map(|&p| values(model.projection_shape(p))).sum(),
+            exits: config.exits.clone(),
+            state: config.adamw.state,
+        }
+    }
+
+    /// Bytes of the buffers of steps with so many tokens at once, at most.
+    pub fn bytes(&self, window: usize, tokens: usize, keep: Keep) -> u64 {
+        let Self { hidden: d, query: q, key: k, feed_forward: f, .. } = *self;
+        let t = tokens as u64;
+        let norms = if self.head_norms { q + k } else { 0 };
+        let activations = t * (2 * q + 2 * k + d + 2 * f + norms);
+        let passing = t * (2 * d + f) + 4 * t * f / 10;
+        let backward = t * (2 * f + d + 2 * q + 2 * k + norms);
+        // The caches grow in steps of 64 positions.
+        let caches = 2 * k * (t + 64);
+        let blocks = self.exits.iter().map(|&exit| self.window(exit, window).len()).max().unwrap_or(0) as u64;
+        let kept = (keep.blocks() as u64).min(blocks);
+        let tapes = blocks * t * d + kept * activations;
+        let chunk = t.min(HEAD_CHUNK as u64);
+        let head = chunk * (self.vocabulary + 9 * d) + 5 * t * d;
+        let gradients = blocks * self.block_parameters + d;
+        let values = 2 * t * d + activations + passing + backward + caches + tapes + head + gradients;
+        4 * values + self.state_bytes(window)
+    }
+
+    /// Bytes of the optimizer's state after steps at every exit.
+    fn state_bytes(&self, window: usize) -> u64 {
+        let mut trained = vec![false; self.n_blocks];
+        for &exit in &self.exits {
+            trained[self.window(exit, window)].fill(true);
+        }
+        let blocks = trained.iter().filter(|t| **t).count() as u64;
+        let each = match self.state {
+            StateType::F32 => 8,
+            StateType::Int8 => 3,
+        };
+        blocks * self.block_parameters * each + 8 * self.hidden * self.exits.len() as u64
+    }
+
+    fn window(&self, exit: usize, depth: usize) -> Range<usize> {
+        window(exit, depth)
+    }
+
+    /// The fastest way to run steps of `batch` examples of at most `longest` tokens in `budget` bytes.
+    ///
+    /// A step of fewer examples at once reads the weights more often; one that keeps less computes more (some 3% with a
+    /// window of 8 blocks). So the micro-batch is made smaller only when nothing is kept any more; the window, which changes
+    /// what is learned, only when one example is too many, and only if `window` has more than one value.
+    ///
+    /// # Errors
+    /// The budget is too small: the message says what the least is.
+    pub fn plan(
+        &self,
+        budget: u64,
+        batch: usize,
+        longest: usize,
+        windows: Range<usize>,
+    ) -> Result<MemoryPlan, TuneError> {
+        let mut least = u64::MAX;
+        for window in windows.rev() {
+            let mut micro_batch = batch;
+            while micro_batch > 0 {
+                let tokens = micro_batch * longest;
+                let bytes = |keep| self.bytes(window, tokens, keep);
+                least = least.min(bytes(Keep::Inputs));
+                let kept = (0..=window).rev().map(Keep::Last).find(|&keep| bytes(keep) <= budget);
+                if let Some(keep) = kept {
+                    return Ok(MemoryPlan { window, micro_batch, keep, bytes: bytes(keep) });
+                }
+                // Parts of equal size, one more than before.
+                let parts = batch.div_ceil(micro_batch) + 1;
+                micro_batch = if micro_batch == 1 { 0 } else { batch.div_ceil(parts).min(micro_batch - 1) };
+            }
+        }
+        Err(TuneError::Memory { least, budget })
+    }
+}
