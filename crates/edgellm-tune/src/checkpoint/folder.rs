@@ -27,6 +27,20 @@ pub(super) fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
+/// Creates a folder and what is missing above it, durably: a crash must not lose the folder with its first checkpoint.
+pub(super) fn create(dir: &Path) -> Result<(), ModelError> {
+    let missing: Vec<&Path> = dir.ancestors().take_while(|a| !a.as_os_str().is_empty() && !a.exists()).collect();
+    fs::create_dir_all(dir).map_err(|e| ModelError::io(dir, e))?;
+    // Only Unix can open a folder to sync it.
+    if cfg!(unix) {
+        for folder in missing {
+            let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            File::open(parent).and_then(|parent| parent.sync_all()).map_err(|e| ModelError::io(parent, e))?;
+        }
+    }
+    Ok(())
+}
+
 /// The checkpoints in a folder, damaged ones as well, from new to old.
 pub(super) fn checkpoints(dir: &Path) -> Result<Vec<(u64, PathBuf)>, ModelError> {
     let mut found: Vec<(u64, PathBuf)> = entries(dir)?

@@ -83,7 +83,7 @@ impl CheckpointStore {
     /// There is a complete checkpoint of a later step, which a resumed run would have gone on from; a scalar cannot be
     /// stored; or something cannot be written. All older checkpoints are then as they were.
     pub fn save(&self, state: &TrainState, identity: &Identity) -> Result<PathBuf, TuneError> {
-        self.create_dir()?;
+        folder::create(&self.dir)?;
         // What killed writes left is worth nothing, and the new checkpoint may need the room.
         for leftover in folder::leftovers(&self.dir)? {
             remove(&leftover);
@@ -143,17 +143,6 @@ impl CheckpointStore {
                 reason: format!("{}; remove them to start from the beginning", newest.reason),
             })),
         }
-    }
-
-    /// The folder, so that a crash after the first checkpoint does not lose the folder itself.
-    fn create_dir(&self) -> Result<(), TuneError> {
-        if self.dir.is_dir() {
-            return Ok(());
-        }
-        if let Some(parent) = self.dir.parent() {
-            fs::create_dir_all(parent).map_err(|e| ModelError::io(parent, e))?;
-        }
-        Ok(AtomicDir::create(&self.dir)?.commit(false)?)
     }
 
     /// The checkpoints after and before `step`, each from new to old.
