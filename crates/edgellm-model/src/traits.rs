@@ -1,6 +1,7 @@
 //! Where the sibling crates meet: traits that one of them implements and others use.
 
 use edgellm_kernels::{PackedHost, PackedLayout};
+use serde_json::Value;
 
 use crate::ModelError;
 use crate::data::Example;
@@ -75,8 +76,31 @@ pub trait ExitSchedule {
     /// Its name on the command line, such as `sequential`.
     fn name(&self) -> &'static str;
 
-    /// Index into the exits for step `step`. A pure function of the step and the seed, so that a resumed run agrees.
+    /// Index into the exits for step `step`. A pure function of the step, the seed and what was observed, so that a
+    /// resumed run agrees.
     fn choose(&self, step: u64, n_exits: usize) -> usize;
+
+    /// Takes note of a step at exit `exit` (as [`choose`](Self::choose) gave it): its loss before the update, and its
+    /// modelled cost in any fixed unit, such as multiply-adds. Not measured time: that differs from run to run, and a
+    /// resumed run would then choose other exits than one that was never interrupted.
+    fn observe(&mut self, _exit: usize, _loss: f64, _cost: f64) {}
+
+    /// All that was learned from observations, for a checkpoint; null where nothing is learned.
+    fn state(&self) -> Value {
+        Value::Null
+    }
+
+    /// Takes over what [`state`](Self::state) gave; on an error, what was known before stays.
+    ///
+    /// # Errors
+    /// It is not a state of this schedule.
+    fn restore(&mut self, state: &Value) -> Result<(), ModelError> {
+        if state.is_null() {
+            return Ok(());
+        }
+        let what = format!("state of the exit schedule '{}'", self.name());
+        Err(ModelError::Value { what, expected: "none, since it learns nothing".into(), found: "one".into() })
+    }
 }
 
 /// Combines the exits' next-token distributions.

@@ -1,10 +1,14 @@
 //! Which exit a tuning step trains, and which blocks lie in its window (EDGE-LLM, DAC 2024, section on adaptive layer tuning).
 
+mod adaptive;
+
 use std::ops::Range;
 
 use edgellm_model::traits::ExitSchedule;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+pub use adaptive::Adaptive;
 
 use crate::TuneError;
 
@@ -98,11 +102,15 @@ impl ExitSchedule for Uniform {
     }
 
     fn choose(&self, step: u64, n_exits: usize) -> usize {
-        // A stream per step: the draw depends on nothing but the seed and the step.
-        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        rng.set_stream(step);
-        rng.random_range(0..n_exits)
+        step_rng(self.seed, step).random_range(0..n_exits)
     }
+}
+
+/// A stream per step: a draw depends on nothing but the seed and the step.
+fn step_rng(seed: u64, step: u64) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(step);
+    rng
 }
 
 /// An exit schedule by its name on the command line.
@@ -114,9 +122,10 @@ pub fn exit_schedule(name: &str, total_steps: u64, seed: u64) -> Result<Box<dyn 
         "sequential" => Ok(Box::new(Sequential { total_steps })),
         "cyclic" => Ok(Box::new(Cyclic)),
         "uniform" => Ok(Box::new(Uniform { seed })),
+        "adaptive" => Ok(Box::new(Adaptive::new(seed))),
         other => Err(TuneError::Setting {
             what: "exit schedule",
-            expected: "sequential, cyclic or uniform".into(),
+            expected: "sequential, cyclic, uniform or adaptive".into(),
             found: other.into(),
         }),
     }
@@ -150,6 +159,19 @@ mod tests {
         }
         assert_eq!(schedule.choose(1234, 4), draws[1234]);
         assert_ne!(draws, chosen(&Uniform { seed: 6 }, 4000, 4));
+    }
+
+    #[test]
+    fn schedules_have_names_and_most_have_no_state() {
+        for name in ["sequential", "cyclic", "uniform", "adaptive"] {
+            let mut schedule = exit_schedule(name, 10, 0).unwrap();
+            assert_eq!(schedule.name(), name);
+            let state = schedule.state();
+            assert_eq!(state.is_null(), name != "adaptive");
+            schedule.restore(&state).unwrap();
+            assert!(schedule.restore(&serde_json::json!([1])).unwrap_err().to_string().contains(name));
+        }
+        assert!(exit_schedule("best", 1, 0).is_err());
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod batch;
 mod calibrate;
 pub mod checkpoint;
+pub mod control;
 mod error;
 pub mod exits;
 pub mod full;
