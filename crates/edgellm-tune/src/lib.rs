@@ -8,6 +8,7 @@
 mod batch;
 mod calibrate;
 pub mod checkpoint;
+mod config;
 pub mod control;
 mod error;
 pub mod exits;
@@ -19,6 +20,7 @@ mod trainer;
 pub mod voters;
 
 pub use calibrate::calibrate_exit_norms;
+pub use config::{Keep, TuneConfig};
 pub use error::TuneError;
 pub use step::StageSeconds;
-pub use trainer::{Keep, StepReport, Trainer, TuneConfig};
+pub use trainer::{StepReport, Trainer};

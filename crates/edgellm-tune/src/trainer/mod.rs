@@ -3,110 +3,29 @@
 //! Blocks below the window run without autodiff and keep nothing; blocks above the exit do not run at all. So time and
 //! memory of a step fall with the window, not only the number of gradients (EDGE-LLM, DAC 2024).
 
+mod state;
+
 use std::time::Instant;
 
 use burn::tensor::{Tensor, TensorData};
-use edgellm_model::adapter::{Adapter, LoraConfig};
+use edgellm_model::adapter::Adapter;
 use edgellm_model::data::Example;
 use edgellm_model::decoder::Decoder;
 use edgellm_model::generate::to_vec;
 use edgellm_model::traits::{DataSource, ExitSchedule};
 use edgellm_model::values::Projection;
 
-use crate::TuneError;
 use crate::calibrate::calibrate_exit_norms;
-use crate::exits::{ExitScale, window};
-use crate::optimizer::{AdamW, AdamWConfig, LrSchedule};
+use crate::exits::window;
+use crate::optimizer::AdamW;
 use crate::step::{Engine, Gradients, Place, StageSeconds, engine};
+use crate::{TuneConfig, TuneError};
 
 /// Steps in a row with a loss that is not finite, after which a run gives up.
 const MAX_SKIPPED: u32 = 10;
 
 /// Examples from which the norms of the early exits start.
 const CALIBRATION_EXAMPLES: usize = 16;
-
-/// Settings of a tuning run.
-#[derive(Clone, Debug)]
-pub struct TuneConfig {
-    /// Optimizer steps.
-    pub steps: u64,
-    /// Examples per step.
-    pub batch_size: usize,
-    /// Examples that are run at once; a step adds up the gradients of as many parts as it takes.
-    pub micro_batch: usize,
-    /// What the window keeps of its forward pass.
-    pub keep: Keep,
-    /// Exits, as numbers of blocks, ascending; the last is the whole model.
-    pub exits: Vec<usize>,
-    /// Blocks that a step trains.
-    pub window: usize,
-    /// Rank, scale and targets of the adapter.
-    pub lora: LoraConfig,
-    /// Whether the norms of the exits before the last are trained as well. The last exit keeps the model's final norm, so
-    /// that the adapter means the same to PEFT, which knows nothing of exits.
-    pub train_exit_norms: bool,
-    /// Largest learning rate.
-    pub learning_rate: f64,
-    /// How strongly the exits before the last are trained.
-    pub exit_scale: ExitScale,
-    /// How the learning rate moves.
-    pub lr_schedule: LrSchedule,
-    /// Steps of linear increase of the learning rate.
-    pub warmup_steps: u64,
-    /// Optimizer settings.
-    pub adamw: AdamWConfig,
-    /// Largest global norm of a step's gradients; 0 does not clip.
-    pub max_grad_norm: f64,
-    /// Seed of the adapter's start.
-    pub seed: u64,
-}
-
-/// What a window keeps of its forward pass for the backward pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
-    /// All activations: fastest.
-    All,
-    /// The inputs of the blocks; the rest is computed again, a block at a time: leanest.
-    Inputs,
-    /// All activations of the window's last blocks, so many of them, and the inputs of the others.
-    Last(usize),
-}
-
-impl Keep {
-    /// Blocks that keep all activations.
-    pub(crate) fn blocks(self) -> usize {
-        match self {
-            Keep::All => usize::MAX,
-            Keep::Inputs => 0,
-            Keep::Last(blocks) => blocks,
-        }
-    }
-}
-
-impl TuneConfig {
-    fn validate(&self, n_blocks: usize) -> Result<(), TuneError> {
-        let bad = |what, expected: String, found: String| Err(TuneError::Setting { what, expected, found });
-        let ascending = self.exits.windows(2).all(|pair| pair[0] < pair[1]);
-        if !ascending || self.exits.first().is_none_or(|e| *e == 0) || self.exits.last() != Some(&n_blocks) {
-            let expected = format!("ascending numbers of blocks that end with {n_blocks}");
-            return bad("exits", expected, format!("{:?}", self.exits));
-        }
-        for (what, value) in
-            [("window", self.window), ("batch size", self.batch_size), ("micro-batch", self.micro_batch)]
-        {
-            if value == 0 {
-                return bad(what, "at least 1".into(), "0".into());
-            }
-        }
-        if !self.learning_rate.is_finite() || self.learning_rate <= 0.0 {
-            return bad("learning rate", "a positive number".into(), self.learning_rate.to_string());
-        }
-        if self.max_grad_norm < 0.0 || self.max_grad_norm.is_nan() {
-            return bad("largest gradient norm", "at least 0".into(), self.max_grad_norm.to_string());
-        }
-        Ok(())
-    }
-}
 
 /// What one step did.
 #[derive(Clone, Debug, PartialEq)]
@@ -219,7 +138,8 @@ impl<'a> Trainer<'a> {
     pub fn train_step(&mut self, examples: &[Example]) -> Result<StepReport, TuneError> {
         let start = Instant::now();
         let step = self.step;
-        let exit = self.config.exits[self.schedule.choose(step, self.config.exits.len())];
+        let choice = self.schedule.choose(step, self.config.exits.len());
+        let exit = self.config.exits[choice];
         let last = self.decoder.n_blocks();
         let norm = self.config.train_exit_norms && exit < last && self.adapter.exit_norm(exit).is_some();
         let place = Place { exit, window: window(exit, self.config.window), norm };
@@ -256,6 +176,8 @@ impl<'a> Trainer<'a> {
             }
         }
         drop(span);
+        let tokens: usize = examples.iter().map(|e| e.ids.len() - 1).sum();
+        self.schedule.observe(choice, loss, self.multiply_adds(&place, tokens, response_tokens));
         self.step += 1;
         let stages = StageSeconds { update: update.elapsed().as_secs_f64(), ..self.engine.take_seconds() };
         Ok(StepReport {
@@ -263,13 +185,23 @@ impl<'a> Trainer<'a> {
             exit,
             loss,
             response_tokens,
-            tokens: examples.iter().map(|e| e.ids.len() - 1).sum(),
+            tokens,
             grad_norm: norm,
             learning_rate: lr,
             seconds: start.elapsed().as_secs_f64(),
             stages,
             skipped: !finite,
         })
+    }
+
+    /// Multiply-adds of a step in the frozen weights: forward below the window, forward and backward in it, and both in the
+    /// head.
+    fn multiply_adds(&self, place: &Place, tokens: usize, response_tokens: usize) -> f64 {
+        let model = self.decoder.config();
+        let block: usize = Projection::ALL.iter().map(|&p| model.projection_shape(p).iter().product::<usize>()).sum();
+        let head = model.vocab_size * model.hidden_size;
+        let passes = place.window.start + 2 * place.window.len();
+        (tokens * passes * block + 2 * response_tokens * head) as f64
     }
 
     /// Bytes of the buffers that are kept from step to step, the optimizer's state included.
