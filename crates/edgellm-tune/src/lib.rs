@@ -11,6 +11,7 @@ mod error;
 pub mod exits;
 pub mod full;
 pub mod optimizer;
+pub mod order;
 mod trainer;
 pub mod voters;
 
