@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::{GgufFile, array, blocks, kind, safetensors, small_gguf, text};
 use edgellm_model::ModelError;
-use edgellm_model::data::{ExampleEncoder, PromptTemplate, read_examples, read_records};
+use edgellm_model::data::{ExampleEncoder, PromptTemplate, ReadOptions, read_examples, read_records};
 use edgellm_model::files::ModelFiles;
 use edgellm_model::gguf::GgmlType;
 use edgellm_model::safetensors::Safetensors;
@@ -37,6 +37,8 @@ enum Read {
     Weights,
     /// As JSON lines.
     Data,
+    /// As CSV.
+    Table,
 }
 
 /// Writes `content` where it belongs below `dir`, and reads it.
@@ -64,7 +66,8 @@ fn read(dir: &Path, how: Read, content: &[u8]) -> Outcome {
         Read::Tokenizer => in_model("tokenizer.json"),
         Read::TokenizerConfig => in_model("tokenizer_config.json"),
         Read::Weights => in_model("model.safetensors"),
-        Read::Data => read_records(&put("d.jsonl")).map(drop),
+        Read::Data => read_records(&put("d.jsonl"), &ReadOptions::default()).map(drop),
+        Read::Table => read_records(&put("d.csv"), &ReadOptions::default()).map(drop),
     }
 }
 
@@ -463,7 +466,7 @@ fn config(changes: Value) -> Vec<u8> {
 }
 
 fn directory_cases() -> Vec<Case> {
-    use Read::{Config, Data, Tokenizer, TokenizerConfig, Weights};
+    use Read::{Config, Data, Table, Tokenizer, TokenizerConfig, Weights};
     let quantized = |tensors: Value| {
         config(json!({"quantization_config": {"quant_method": "edgellm", "format_version": 1, "tensors": tensors}}))
     };
@@ -588,6 +591,19 @@ fn directory_cases() -> Vec<Case> {
         ),
         ("data no UTF-8", Data, b"{\"text\": \"\xc3\x28\"}".to_vec(), "line 1: expected UTF-8"),
         ("data with an endless line", Data, vec![b'a'; (16 << 20) + 1], "line 1: expected at most 16777216 bytes"),
+        (
+            "table without columns",
+            Table,
+            b"question,answer\na,b\n".to_vec(),
+            "d.csv line 1: expected a header row with the columns 'instruction' and 'output'",
+        ),
+        (
+            "table with an open quote",
+            Table,
+            b"prompt,response\na,b\nc,\"d\n".to_vec(),
+            "d.csv line 3: expected a quote that ends the field",
+        ),
+        ("table with a short row", Table, b"prompt,response\n\na\n".to_vec(), "line 3: expected 2 fields"),
         ("empty data", Data, vec![], "expected at least one line with an example, found none"),
     ]
 }
@@ -657,6 +673,7 @@ fn good_files() -> Vec<(&'static str, Read, Vec<u8>)> {
         ("tokenizer_config.json", Read::TokenizerConfig, file("tokenizer_config.json")),
         ("index", Read::Index, br#"{"weight_map": {"x": "a.safetensors"}}"#.to_vec()),
         ("d.jsonl", Read::Data, format!("{line}\n{chat}\n{{\"text\": \"d\"}}\n").into_bytes()),
+        ("d.csv", Read::Table, b"prompt,response\na,b\n\"c, \"\"c\"\"\",\"d\nd\"\n".to_vec()),
     ]
 }
 
@@ -682,7 +699,7 @@ proptest! {
     /// Whatever happens to a file, reading it ends in a value or an error.
     #[test]
     fn damaged_files_never_panic(
-        which in 0usize..8,
+        which in 0usize..9,
         flips in prop::collection::vec((any::<u32>(), any::<bool>(), any::<u8>()), 0..4),
         cut in prop::option::weighted(0.3, any::<u32>()),
     ) {
@@ -702,10 +719,10 @@ proptest! {
         std::fs::write(&path, json!({"prompt": prompt, "response": response}).to_string()).unwrap();
         for template in [PromptTemplate::Chat, PromptTemplate::Alpaca, PromptTemplate::Text] {
             let encoder =
-                ExampleEncoder { tokenizer: &tokenizer, chat: chat.as_ref(), template, end_token: 256, max_len };
-            if let Ok(examples) = read_examples(&path, &encoder) {
-                prop_assert!(examples[0].ids.len() <= max_len);
-                prop_assert!(examples[0].n_targets() > 0);
+                ExampleEncoder { tokenizer: &tokenizer, chat: chat.as_ref(), template, end_tokens: &[256], max_len };
+            if let Ok(data) = read_examples(&path, &encoder, &ReadOptions::default()) {
+                prop_assert!(data.examples[0].ids.len() <= max_len);
+                prop_assert!(data.examples[0].n_targets() > 0);
             }
         }
     }

@@ -15,6 +15,7 @@ pub mod exits;
 pub mod full;
 pub mod memory;
 pub mod optimizer;
+pub mod order;
 mod step;
 mod trainer;
 pub mod voters;

@@ -58,6 +58,15 @@ fn usage_errors_exit_with_2() {
         ("adapt -m model --data train.jsonl -o a --targets w_proj", "is no projection"),
         ("adapt -m model --data train.jsonl -o a --exit-schedule random", "expected sequential"),
         ("adapt -m model --data train.jsonl -o taken --force", "replaces an adapter only"),
+        ("adapt -m model --data train.jsonl -o a --val-split 0", "is no split; expected a part between 0 and 1"),
+        ("adapt -m model --data train.jsonl -o a --val-split 1.5", "is no split"),
+        ("adapt -m model --data train.jsonl -o a --val-split -1", "is no split"),
+        ("adapt -m model --data train.jsonl -o a --val-split 12", "expected from 1 to 11 of the examples"),
+        ("adapt -m model --data train.jsonl --eval-data heldout.jsonl -o a --val-split 2", "cannot be used with"),
+        ("adapt -m model --data train.jsonl -o a --data-format xml", "expected jsonl, csv or text"),
+        ("adapt -m model --data model -o a", "expected a name that ends with .jsonl, .csv, .txt or .md"),
+        ("adapt -m model --data train.jsonl --eval-data model -o a", "expected a name that ends with"),
+        ("eval -m model --data model", "expected a name that ends with"),
         ("eval -m model", "required"),
         ("eval -m model --text text.txt --context 2", "--context"),
         ("eval -m model --text text.txt --context 2000", "at most 1024"),
@@ -91,6 +100,12 @@ fn failures_are_one_line_and_exit_with_1() {
     write("bad.json", "{\"solver\":");
     write("bad.toml", "solver = \n");
     write("bad.jsonl", "{\"instruction\": \"x\"}\n");
+    write("lines.jsonl", "{\"prompt\": \"a\", \"response\": \"b\"}\n\n{\"prompt\": \"a\"}\n");
+    write("header.csv", "question;answer\na;b\n");
+    write("row.csv", "prompt,response\na,\"b\nb\"\nc\n");
+    write("quote.csv", "prompt,response\na,b\nc,\"d\n");
+    write("cut.jsonl", &format!("{{\"prompt\": \"{}\", \"response\": \"b\"}}\n", "a".repeat(300)));
+    std::fs::write(b.path("latin.txt"), b"a\nna\xefve\n").unwrap();
     write("bad.gguf", "not a model");
     write("short.txt", "abc");
     for (line, message) in [
@@ -108,6 +123,16 @@ fn failures_are_one_line_and_exit_with_1() {
         ("compress -m model --policy bad.toml -o small", "bad.toml"),
         ("adapt -m model --data bad.jsonl -o a", "bad.jsonl line 1: expected a text as 'output'"),
         ("adapt -m model --data none.jsonl -o a", "none.jsonl"),
+        ("adapt -m model --data lines.jsonl -o a", "lines.jsonl line 3: expected a text as 'response', found nothing"),
+        ("adapt -m model --data header.csv -o a", "header.csv line 1: expected a header row with the columns"),
+        ("adapt -m model --data header.csv -o a --skip-bad-lines", "found the columns [question;answer]"),
+        ("adapt -m model --data row.csv -o a", "row.csv line 4: expected 2 fields, as in the header, found 1"),
+        ("adapt -m model --data quote.csv -o a --skip-bad-lines", "quote.csv line 3: expected a quote that ends"),
+        ("adapt -m model --data latin.txt -o a", "latin.txt line 2: expected UTF-8, found other bytes at offset 2"),
+        ("adapt -m model --data cut.jsonl -o a", "expected a response within the first 256 tokens of some example"),
+        ("adapt -m model --data bad.jsonl -o a --skip-bad-lines", "found none: 1 without the fields of an example"),
+        ("adapt -m model --data train.jsonl -o a --data-format csv", "train.jsonl line 1: expected a header row"),
+        ("eval -m model --data row.csv", "row.csv line 4: expected 2 fields"),
         ("eval -m model --text short.txt --context 512", "expected at least 512, found 3"),
     ] {
         let errors = b.fails(line, 1);

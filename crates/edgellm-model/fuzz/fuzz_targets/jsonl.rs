@@ -1,14 +1,17 @@
 //! JSON lines of any bytes.
 #![no_main]
 
-use edgellm_model::data::read_records;
+use edgellm_model::data::{DataFormat, ReadOptions, read_records};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|content: &[u8]| {
     let file = tempfile::NamedTempFile::new().expect("a temporary file");
     std::fs::write(file.path(), content).expect("a temporary file");
-    if let Ok(records) = read_records(file.path()) {
-        let lines = content.split(|&b| b == b'\n').count();
-        assert!(records.iter().all(|(line, _)| (1..=lines).contains(line)));
+    for skip_bad_lines in [false, true] {
+        let options = ReadOptions { format: Some(DataFormat::Jsonl), skip_bad_lines };
+        if let Ok((records, _)) = read_records(file.path(), &options) {
+            let lines = content.iter().filter(|b| matches!(b, b'\n' | b'\r')).count() + 1;
+            assert!(records.iter().all(|(line, _)| (1..=lines).contains(line)));
+        }
     }
 });

@@ -8,7 +8,7 @@ use clap::Args;
 use edgellm::eval::{ExitLoss, JsonLines, heldout_loss, peak_rss_bytes};
 use edgellm::model::ModelError;
 use edgellm::model::adapter::{Adapter, LoraConfig, even_exits};
-use edgellm::model::data::Example;
+use edgellm::model::data::{Example, ValSplit};
 use edgellm::model::traits::{MetricSink, NoMetrics, Voter};
 use edgellm::model::values::Projection;
 use edgellm::session::LoadedModel;
@@ -18,7 +18,7 @@ use edgellm::tune::voters::VOTERS;
 use edgellm::tune::{Keep, StepReport, Trainer, TuneConfig};
 use serde_json::{Map, Value, json};
 
-use super::data::DataArgs;
+use super::data::{DataArgs, TrainingData};
 use super::failure::{Interrupted, Usage, usage};
 use super::measure::model_name;
 use super::output::{bytes, seconds, table};
@@ -31,12 +31,15 @@ pub(crate) struct Adapt {
     /// The model: a folder, a GGUF file, or a stored name
     #[arg(short, long, value_name = "MODEL")]
     model: String,
-    /// Examples to learn from: JSON lines with instructions, messages, prompts or texts
-    #[arg(long, value_name = "TRAIN.jsonl")]
+    /// Examples to learn from: JSON lines or CSV with instructions, messages, prompts or texts, or a plain text
+    #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Examples to measure the loss on, before and after
-    #[arg(long, value_name = "HELDOUT.jsonl")]
+    #[arg(long, value_name = "FILE")]
     eval_data: Option<PathBuf>,
+    /// Hold out a part of the examples (such as 0.05), or this many, to measure the loss on
+    #[arg(long, value_name = "PART", conflicts_with = "eval_data", allow_negative_numbers = true)]
+    val_split: Option<ValSplit>,
     /// The adapter to write: a folder that PEFT reads as well
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
@@ -120,25 +123,27 @@ impl Adapt {
         self.check()?;
         let model = ctx.load(&self.model)?;
         let config = self.config(model.decoder.n_blocks())?;
-        let train = self.format.read(&model, &self.data)?;
-        let heldout = self.eval_data.as_deref().map(|path| self.format.read(&model, path)).transpose()?;
+        let eval_data = self.eval_data.as_deref();
+        let data = self.format.read_training(&model, &self.data, eval_data, self.val_split, self.seed)?;
+        ctx.say(&data.to_string());
+        let (train, heldout) = (&data.train, &data.heldout);
         let mut sink = self.sink()?;
         let exits = config.exits.clone();
-        let before = match &heldout {
+        let before = match heldout {
             Some(examples) => Some(held_out(ctx, &model, None, &exits, examples, &[])?),
             None => None,
         };
         stop_if_requested()?;
-        let tuned = self.tune(ctx, &model, config, &train, sink.as_mut())?;
+        let tuned = self.tune(ctx, &model, config, train, sink.as_mut())?;
         tuned.adapter.save(&self.output, &self.base_name(), self.force)?;
-        let after = match &heldout {
+        let after = match heldout {
             Some(examples) if !tuned.stopped => {
                 let losses = held_out(ctx, &model, Some(&tuned.adapter), &exits, examples, &VOTERS);
                 Some(losses.map_err(|error| self.interrupted_after(error))?)
             }
             _ => None,
         };
-        self.report(ctx, &tuned, before.as_ref(), after.as_ref(), sink.as_mut())?;
+        self.report(ctx, &tuned, &data, before.as_ref(), after.as_ref(), sink.as_mut())?;
         if !tuned.stopped {
             return Ok(ExitCode::SUCCESS);
         }
@@ -161,7 +166,7 @@ impl Adapt {
 
     /// What can be checked before a model is loaded.
     fn check(&self) -> anyhow::Result<()> {
-        self.format.check()?;
+        self.format.check([&self.data].into_iter().chain(&self.eval_data))?;
         check_output_dir(&self.output, self.force)?;
         if self.output.exists() && !Adapter::is_adapter_dir(&self.output) {
             let text = format!("{}: --force replaces an adapter only, and this folder is none", self.output.display());
@@ -234,7 +239,7 @@ impl Adapt {
         let schedule = exit_schedule(&self.exit_schedule, self.steps, self.seed)?;
         let mut trainer = Trainer::new(&model.decoder, config, schedule)?;
         let parameters = trainer.adapter().parameters();
-        ctx.say(&format!("{} examples, {parameters} adapter values, {} steps", train.len(), self.steps));
+        ctx.say(&format!("{parameters} adapter values, {} steps", self.steps));
         let mut progress = ctx.progress("adapt", self.steps, Counted::Items("steps"));
         let mut reports = Vec::new();
         let start = Instant::now();
@@ -254,6 +259,7 @@ impl Adapt {
         &self,
         ctx: &Context,
         tuned: &Tuned,
+        data: &TrainingData,
         before: Option<&Losses>,
         after: Option<&Losses>,
         sink: &mut dyn MetricSink,
@@ -268,11 +274,11 @@ impl Adapt {
             "heldout_before": before.map(Losses::last), "heldout_after": after.map(Losses::last),
             "by_exit_before": before.map(|l| &l.by_exit), "by_exit_after": after.map(|l| &l.by_exit),
             "votes_after": after.map(Losses::votes_json),
-            "seconds": tuned.seconds, "seconds_per_step": tuned.seconds / steps.max(1) as f64,
+            "examples": data.json(), "seconds": tuned.seconds, "seconds_per_step": tuned.seconds / steps.max(1) as f64,
             "peak_rss_bytes": peak_rss_bytes(),
         });
         sink.record("end", json.clone())?;
-        ctx.result(json, || self.summary(tuned, before, after))
+        ctx.result(json, || format!("{data}\n{}", self.summary(tuned, before, after)))
     }
 
     fn summary(&self, tuned: &Tuned, before: Option<&Losses>, after: Option<&Losses>) -> String {

@@ -8,6 +8,7 @@ use edgellm::eval::{
     Divergence, HeldOut, Perplexity, Progress, heldout_loss, kl_divergence, peak_rss_bytes, perplexity,
 };
 use edgellm::model::adapter::Adapter;
+use edgellm::model::data::DataReport;
 use edgellm::model::io::read_text;
 use edgellm::model::traits::Voter;
 use edgellm::session::LoadedModel;
@@ -42,8 +43,8 @@ pub(crate) struct Eval {
     /// Windows of the text at most (default: all)
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
-    /// Examples to measure the loss of the responses on: JSON lines
-    #[arg(long, value_name = "HELDOUT.jsonl")]
+    /// Examples to measure the loss of the responses on: JSON lines, CSV or a plain text
+    #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
     #[command(flatten)]
     format: DataArgs,
@@ -58,6 +59,7 @@ struct Results {
     perplexity: Option<Perplexity>,
     divergence: Option<Divergence>,
     heldout: Option<HeldOut>,
+    data: Option<DataReport>,
     seconds: f64,
 }
 
@@ -71,7 +73,7 @@ impl Results {
 
 impl Eval {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
-        self.format.check()?;
+        self.format.check(&self.data)?;
         voter(&self.vote)?;
         if self.context < 3 || self.windows == Some(0) {
             let text = format!("--context: expected at least 3, found {}; --windows: at least 1", self.context);
@@ -91,7 +93,7 @@ impl Eval {
             self.on_text(ctx, &model, adapter.as_ref(), path, &mut results)?;
         }
         if let Some(path) = &self.data {
-            results.heldout = Some(self.on_data(ctx, &model, adapter.as_ref(), path)?);
+            self.on_data(ctx, &model, adapter.as_ref(), path, &mut results)?;
         }
         results.seconds = start.elapsed().as_secs_f64();
         self.report(ctx, &model, &results)
@@ -128,15 +130,18 @@ impl Eval {
         model: &LoadedModel,
         adapter: Option<&Adapter>,
         path: &Path,
-    ) -> anyhow::Result<HeldOut> {
-        let examples = self.format.read(model, path)?;
+        results: &mut Results,
+    ) -> anyhow::Result<()> {
+        let data = self.format.read(model, path)?;
         let vote = voter(&self.vote)?;
         // The vote of the last exit alone is its own loss.
         let voters: &[&dyn Voter] = if vote.needs_all_exits() { &[vote] } else { &[] };
         let exits = exits(adapter, model.decoder.n_blocks())?;
-        with_progress(ctx, "held-out loss", |on_step| {
-            Ok(heldout_loss(&model.decoder, adapter, &exits, voters, &examples, on_step)?)
-        })
+        results.heldout = Some(with_progress(ctx, "held-out loss", |on_step| {
+            Ok(heldout_loss(&model.decoder, adapter, &exits, voters, &data.examples, on_step)?)
+        })?);
+        results.data = Some(data.report);
+        Ok(())
     }
 
     fn report(&self, ctx: &Context, model: &LoadedModel, results: &Results) -> anyhow::Result<()> {
@@ -153,6 +158,7 @@ impl Eval {
             "by_exit": results.heldout.as_ref().map(|h| &h.by_exit),
             "vote": results.heldout.as_ref().map(|_| &self.vote),
             "examples": results.heldout.as_ref().map(|h| h.examples),
+            "data": results.data,
             "tokens": text_tokens.unwrap_or(0) + data_tokens.unwrap_or(0),
             "seconds": results.seconds,
             "peak_rss_bytes": peak_rss_bytes(),
@@ -185,7 +191,8 @@ impl Eval {
             row("peak memory", bytes(peak));
         }
         row("time", seconds(results.seconds));
-        table(&["", ""], &rows).trim_start().to_string()
+        let data = results.data.as_ref().map(|report| format!("{report}\n")).unwrap_or_default();
+        data + table(&["", ""], &rows).trim_start()
     }
 }
 
