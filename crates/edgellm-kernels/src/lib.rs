@@ -50,7 +50,9 @@ pub use flex::{
     BlockCache, BlockLinear, BlockScratch, BlockView, CacheType, KernelInfo, decoder_block, kernels, linear_rows,
     log_softmax_row, rms_norm_rows,
 };
-pub use format::{Arrangement, FAMILIES, Family, Format, PackedLayout, QuantFormat, ScaleType, SparsePattern};
+pub use format::{
+    Arrangement, FAMILIES, Family, Format, PackedLayout, QuantFormat, RoundingGoal, ScaleType, SparsePattern,
+};
 pub use host::PackedHost;
 pub use matrix::{Lora, PackedMatrix};
 pub use ops::{

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor};
 use edgellm_kernels::CacheType;
-use edgellm_model::adapter::{Adapter, LoraConfig};
+use edgellm_model::adapter::{Adapter, LoraConfig, Targets};
 use edgellm_model::config::ModelConfig;
 use edgellm_model::decoder::Decoder;
 use edgellm_model::generate::to_vec;
@@ -90,7 +90,7 @@ fn adapters_on_both_paths() {
     let decoder = decoder_of(&config, 5, &device);
     let mut adapter = Adapter::new(
         &config,
-        LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Projection::ALL.to_vec() },
+        LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Targets::all_linear() },
         7,
         &device,
     )

@@ -4,12 +4,11 @@ use std::time::Instant;
 
 use edgellm::eval::peak_rss_bytes;
 use edgellm::kernels::{active_isa, threads};
-use edgellm::model::adapter::LoraConfig;
+use edgellm::model::adapter::{LoraConfig, Targets};
 use edgellm::model::data::Example;
 use edgellm::model::files::ModelFiles;
 use edgellm::model::generate::{Flow, Generator};
 use edgellm::model::sample::{Sampler, SamplingConfig};
-use edgellm::model::values::Projection;
 use edgellm::session::LoadedModel;
 use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule};
@@ -237,7 +236,7 @@ impl<'a> ModelBench<'a> {
             batch_size,
             exits: vec![n_blocks],
             window: n_blocks,
-            lora: LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, targets: Projection::ALL.to_vec() },
+            lora: LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, targets: Targets::all_linear() },
             train_exit_norms: false,
             learning_rate: 1e-4,
             exit_scale: ExitScale::Equal,
