@@ -48,6 +48,25 @@ pub fn kl_divergence(
     limit: Option<usize>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Divergence> {
+    adapted_kl_divergence((base, None), (other, adapter), ids, context, limit, progress)
+}
+
+/// A model with the adapter beside it, if any.
+pub type Adapted<'a> = (&'a Decoder, Option<&'a Adapter>);
+
+/// As [`kl_divergence`], where the base has an adapter too: what merging an adapter costs is the divergence of the merged
+/// model from its base with the adapter beside it.
+///
+/// # Errors
+/// As [`kl_divergence`].
+pub fn adapted_kl_divergence(
+    (base, base_adapter): Adapted<'_>,
+    (other, adapter): Adapted<'_>,
+    ids: &[u32],
+    context: usize,
+    limit: Option<usize>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Divergence> {
     let (vocab, found) = (base.config().vocab_size, other.config().vocab_size);
     if vocab != found {
         let expected = format!("{vocab}, that of the base model");
@@ -57,7 +76,7 @@ pub fn kl_divergence(
     let half = context / 2;
     let (mut first, mut second, mut agree) = (0.0, 0.0, 0usize);
     for (index, window) in windows.iter().enumerate() {
-        let x = hidden(base, None, window)?;
+        let x = hidden(base, base_adapter, window)?;
         let y = hidden(other, adapter, window)?;
         for start in (0..context - 1).step_by(CHUNK) {
             let len = CHUNK.min(context - 1 - start);

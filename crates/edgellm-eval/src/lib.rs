@@ -23,7 +23,7 @@ mod metrics;
 mod perplexity;
 mod windows;
 
-pub use divergence::{Divergence, kl_divergence};
+pub use divergence::{Adapted, Divergence, adapted_kl_divergence, kl_divergence};
 pub use error::{EvalError, Result};
 pub use heldout::{ExitLoss, HeldOut, heldout_loss};
 pub use metrics::{JsonLines, peak_rss_bytes};

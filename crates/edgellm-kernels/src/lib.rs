@@ -51,7 +51,9 @@ pub use flex::{
     KernelInfo, LoraGradient, decoder_block, decoder_block_backward, decoder_block_recorded, decoder_block_uncached,
     head_loss, kernels, log_softmax_row,
 };
-pub use format::{Arrangement, FAMILIES, Family, Format, PackedLayout, QuantFormat, ScaleType, SparsePattern};
+pub use format::{
+    Arrangement, FAMILIES, Family, Format, PackedLayout, QuantFormat, RoundingGoal, ScaleType, SparsePattern,
+};
 pub use host::PackedHost;
 pub use matrix::{Lora, PackedMatrix};
 pub use ops::{

@@ -7,6 +7,7 @@
 //!    usual baseline), [`Paper`] (EDGE-LLM's rule) or [`Solve`] (the exact optimum of the summed sensitivities).
 //! 3. [`compress_model`] applies a policy to a model's files, [`compress_decoder`] to a model in memory; a compressor
 //!    such as [`Rtn`] does it for a single matrix.
+//! 4. [`merge_adapter`] writes a model with an adapter merged into it.
 //!
 //! ```
 //! use burn::tensor::Device;
@@ -35,6 +36,7 @@ mod cost;
 mod digest;
 mod error;
 mod measure;
+mod merge;
 mod policy;
 mod progress;
 mod rtn;
@@ -45,6 +47,7 @@ pub use cost::{PolicyCost, bits_per_weight, matrices_bytes, policy_cost, total_w
 pub use digest::{calibration_digest, measurement_digest};
 pub use error::{LucError, Result};
 pub use measure::measure;
+pub use merge::{MergeOptions, Merged, MergedMatrix, merge_adapter};
 pub use policy::{Item, Paper, Selection, Solution, Solve, Uniform, allocate_sparsity, option_grid, select};
 pub use progress::Progress;
 pub use rtn::{Rtn, pruned_per_row};

@@ -49,6 +49,21 @@ impl ModelWriter {
         policy: Option<CompressionPolicy>,
         mut format_of: impl FnMut(&str, PackedLayout) -> Format,
     ) -> Result<Self> {
+        Self::create_as(target, source, policy, |name, found| {
+            Ok(PackedLayout::new(found.rows, found.cols, format_of(name, found))?)
+        })
+    }
+
+    /// As [`create`](Self::create), with the whole layout of every matrix, its arrangement included.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create), or the first error of `layout_of`.
+    pub fn create_as(
+        target: &Path,
+        source: &ModelFiles,
+        policy: Option<CompressionPolicy>,
+        mut layout_of: impl FnMut(&str, PackedLayout) -> Result<PackedLayout>,
+    ) -> Result<Self> {
         let mut layouts = BTreeMap::new();
         let mut vectors = BTreeMap::new();
         for name in source.names() {
@@ -57,7 +72,7 @@ impl ModelWriter {
                 continue;
             }
             let found = source.layout(name)?;
-            layouts.insert(name.to_owned(), PackedLayout::new(found.rows, found.cols, format_of(name, found))?);
+            layouts.insert(name.to_owned(), layout_of(name, found)?);
         }
         let writer = Self::start(target, source.config(), policy, layouts, &vectors)?;
         write_side_files(&writer.dir, source)?;
@@ -104,6 +119,11 @@ impl ModelWriter {
             weights.write(name, bytemuck::cast_slice(values))?;
         }
         Ok(Self { dir, weights, layouts })
+    }
+
+    /// The directory as it is being built, for files of one's own.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// The matrices that are to be written, with their layouts.

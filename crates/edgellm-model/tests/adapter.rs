@@ -13,7 +13,7 @@ use edgellm_model::values::Projection;
 
 fn adapter(model: &ModelConfig, device: &Device) -> Adapter {
     let targets = vec![Projection::Q, Projection::Down];
-    let lora = LoraConfig { rank: 2, alpha: 4.0, use_rslora: false, targets };
+    let lora = LoraConfig { rank: 2, alpha: 4.0, use_rslora: false, targets: targets.into() };
     let mut adapter = Adapter::new(model, lora, 7, device).unwrap();
     for index in 0..model.n_layers {
         let block = adapter.block_mut(index).unwrap();

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::{Device, Int, Tensor};
 use edgellm_kernels::{BlockGradients, BlockScratch, CacheType, Lora, LoraGradient};
-use edgellm_model::adapter::{Adapter, LoraConfig};
+use edgellm_model::adapter::{Adapter, LoraConfig, Targets};
 use edgellm_model::config::ModelConfig;
 use edgellm_model::decoder::{Decoder, SlicePass};
 use edgellm_model::generate::to_vec;
@@ -88,7 +88,7 @@ fn caches_of_every_type() {
 /// An adapter whose `B` is not zero, so that it does something and has gradients everywhere.
 fn adapter_of(config: &ModelConfig) -> Adapter {
     let device = Device::flex();
-    let lora = LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Projection::ALL.to_vec() };
+    let lora = LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Targets::all_linear() };
     let mut adapter = Adapter::new(config, lora, 7, &device).unwrap();
     for index in 0..config.n_layers {
         let block = adapter.block_mut(index).unwrap();

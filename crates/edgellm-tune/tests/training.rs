@@ -1,7 +1,7 @@
 //! What a tuning step changes, what it leaves alone, and that it learns.
 
 use burn::tensor::{Device, Tensor};
-use edgellm_model::adapter::{Adapter, LoraConfig, even_exits};
+use edgellm_model::adapter::{Adapter, LoraConfig, Targets, even_exits};
 use edgellm_model::data::Example;
 use edgellm_model::decoder::Decoder;
 use edgellm_model::generate::to_vec;
@@ -19,7 +19,7 @@ fn config(exits: Vec<usize>, window: usize) -> TuneConfig {
         keep: Keep::Last(1),
         exits,
         window,
-        lora: LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Projection::ALL.to_vec() },
+        lora: LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Targets::all_linear() },
         train_exit_norms: true,
         learning_rate: 1e-2,
         exit_scale: ExitScale::Equal,

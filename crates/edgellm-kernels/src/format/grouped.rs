@@ -222,12 +222,19 @@ impl QuantFormat {
         (scale, -scale * self.zero_point() as f32)
     }
 
-    fn store(&self, scales: &mut [u32], group: usize, scale: f32, min: f32) {
+    /// Writes scale and minimum of a group into a zeroed row, rounded to nearest.
+    pub(super) fn store(&self, scales: &mut [u32], group: usize, scale: f32, min: f32) {
         let bits = |value: f32| match self.scale_type {
             ScaleType::F16 => u32::from(f16::from_f32(value).to_bits()),
             ScaleType::F32 => value.to_bits(),
         };
         self.put_raw_scale(scales, group, bits(scale), bits(min));
+    }
+
+    /// A scale and a minimum as they are read back once they were stored.
+    pub(super) fn rounded_grid(&self, scale: f32, min: f32) -> (f32, f32) {
+        let stored = |value: f32| if self.scale_type == ScaleType::F16 { f16::from_f32(value).to_f32() } else { value };
+        if self.symmetric { self.centred(stored(scale)) } else { (stored(scale), stored(min)) }
     }
 
     /// Scale and minimum for a group of finite values, as they will be read back.

@@ -10,6 +10,7 @@
 
 mod float;
 mod grouped;
+mod refit;
 pub(crate) mod sparse;
 
 use core::ops::Range;
@@ -21,6 +22,7 @@ use crate::error::{KernelError, Result};
 pub(crate) use float::decode_f16;
 pub(crate) use grouped::{BLOCK, put_code};
 pub use grouped::{QuantFormat, ScaleType};
+pub use refit::RoundingGoal;
 pub use sparse::SparsePattern;
 
 /// Rows of a panel of a prepared matrix.

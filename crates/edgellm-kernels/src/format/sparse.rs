@@ -116,6 +116,16 @@ impl SparsePattern {
         Some(SparsePattern::NofM { n: n.parse().ok()?, m: m.parse().ok()? })
     }
 
+    /// The columns of a row to keep, in order.
+    pub(super) fn columns(&self, values: &[f32]) -> Vec<usize> {
+        if *self == SparsePattern::Dense {
+            return (0..values.len()).collect();
+        }
+        let mut mask = vec![0; self.mask_words(values.len())];
+        self.choose(values, &mut mask);
+        (0..values.len()).filter(|col| mask[col / BLOCK] >> (col % BLOCK) & 1 == 1).collect()
+    }
+
     /// Sets the bits of the columns to keep in a zeroed mask.
     fn choose(&self, values: &[f32], mask: &mut [u32]) {
         let mut keep = |col: usize| mask[col / BLOCK] |= 1 << (col % BLOCK);

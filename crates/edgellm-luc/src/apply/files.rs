@@ -73,7 +73,7 @@ pub fn compress_model(
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Applied> {
     check_policy(policy, files.config().n_layers)?;
-    check_target(out_dir, force)?;
+    check_replaceable(out_dir, force, "a compressed model", |files| files.quantization().is_some())?;
     let plan = plan(files, policy, arrangement)?;
     let folder = AtomicDir::create(out_dir)?;
     let weights = folder.path().join("model.safetensors");
@@ -105,24 +105,28 @@ pub fn compress_model(
     Ok(Applied { bytes_before: files.file_bytes(), bytes_after, bits_per_weight: bits_per_weight(bytes, count) })
 }
 
-/// Whether `out_dir` may be written at all.
-fn check_target(out_dir: &Path, force: bool) -> Result<()> {
+/// Whether `out_dir` may be written at all: what is replaced is a model that `is_ours` accepts, described by `expected`.
+pub(crate) fn check_replaceable(
+    out_dir: &Path,
+    force: bool,
+    expected: &str,
+    is_ours: impl Fn(&ModelFiles) -> bool,
+) -> Result<()> {
     if out_dir.symlink_metadata().is_err() {
         return Ok(());
     }
-    let refuse = |expected: &str, found: &str| {
+    let refuse = |expected: String, found: &str| {
         let what = format!("output folder {}", out_dir.display());
-        Err(ModelError::Value { what, expected: expected.into(), found: found.into() }.into())
+        Err(ModelError::Value { what, expected, found: found.into() }.into())
     };
     if !force {
-        return refuse("a path where nothing is, or to be told to replace it", "something that exists");
+        return refuse("a path where nothing is, or to be told to replace it".into(), "something that exists");
     }
     let is_empty = std::fs::read_dir(out_dir).is_ok_and(|mut entries| entries.next().is_none());
-    let is_ours = || ModelFiles::open(out_dir).is_ok_and(|files| files.quantization().is_some());
-    if is_empty || is_ours() {
+    if is_empty || (out_dir.is_dir() && ModelFiles::open(out_dir).is_ok_and(|files| is_ours(&files))) {
         Ok(())
     } else {
-        refuse("a compressed model or an empty folder to replace", "something else")
+        refuse(format!("{expected} or an empty folder to replace"), "something else")
     }
 }
 

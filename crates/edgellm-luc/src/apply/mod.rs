@@ -6,6 +6,7 @@
 mod files;
 mod memory;
 
+pub(crate) use files::check_replaceable;
 pub use files::{Applied, compress_model};
 pub use memory::compress_decoder;
 
@@ -57,7 +58,7 @@ fn check_policy(policy: &CompressionPolicy, n_blocks: usize) -> Result<()> {
 }
 
 /// The unit of a weight matrix, by its Hugging Face name; `None` for what no policy decides on.
-fn unit_of(name: &str) -> Option<Unit> {
+pub(crate) fn unit_of(name: &str) -> Option<Unit> {
     match name {
         EMBEDDING => return Some(Unit::Embedding),
         HEAD => return Some(Unit::Head),

@@ -5,6 +5,8 @@
 //! Kaiming-uniform noise and `B` as zero, so that a fresh adapter changes nothing.
 
 mod peft;
+mod set;
+mod targets;
 
 use std::collections::BTreeMap;
 
@@ -17,6 +19,9 @@ use crate::ModelError;
 use crate::config::ModelConfig;
 use crate::values::Projection;
 
+pub use self::set::AdapterSet;
+pub use self::targets::Targets;
+
 /// Rank, scale and targets of an adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
@@ -26,8 +31,8 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Whether the scale is `alpha / sqrt(r)` instead of `alpha / r`.
     pub use_rslora: bool,
-    /// The projections that are adapted, in block order.
-    pub targets: Vec<Projection>,
+    /// The projections that are adapted, in every block or in some.
+    pub targets: Targets,
 }
 
 impl LoraConfig {
@@ -88,13 +93,14 @@ impl Adapter {
     /// A fresh adapter: `A` uniform in `±1/sqrt(in)` (PEFT's Kaiming-uniform with `a = sqrt(5)`), `B` zero, no exit norms.
     ///
     /// # Errors
-    /// The configuration is not valid.
+    /// The configuration is not valid, or names a block that the model does not have.
     pub fn new(model: &ModelConfig, config: LoraConfig, seed: u64, device: &Device) -> Result<Self, ModelError> {
         config.validate()?;
+        config.targets.check(model.n_layers)?;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut blocks = vec![BlockLora::default(); model.n_layers];
-        for block in &mut blocks {
-            for &projection in &config.targets {
+        for (index, block) in blocks.iter_mut().enumerate() {
+            for &projection in config.targets.iter().filter(|p| config.targets.contains(index, **p)) {
                 let [out, input] = model.projection_shape(projection);
                 let bound = 1.0 / (input as f32).sqrt();
                 let a: Vec<f32> = (0..config.rank * input).map(|_| rng.random_range(-bound..bound)).collect();
@@ -108,7 +114,7 @@ impl Adapter {
         Ok(Self { config, blocks, exit_norms: BTreeMap::new() })
     }
 
-    /// Rank, scale and targets.
+    /// Rank, scale and targets; rank 0 and no targets where there are exit norms alone.
     pub fn config(&self) -> &LoraConfig {
         &self.config
     }
@@ -136,6 +142,11 @@ impl Adapter {
     /// Sets the norm of the exit after `exit` blocks.
     pub fn set_exit_norm(&mut self, exit: usize, weight: Tensor<1>) {
         self.exit_norms.insert(exit, weight);
+    }
+
+    /// Whether there is any low-rank update: an adapter may hold exit norms alone.
+    pub fn has_updates(&self) -> bool {
+        self.blocks.iter().any(|block| block.loras.iter().any(Option::is_some))
     }
 
     /// The exits that this adapter was tuned with, as numbers of blocks, ascending; empty if none.
@@ -167,7 +178,7 @@ impl Adapter {
                 let expected = ([self.config.rank, input], [out, self.config.rank]);
                 if found != expected {
                     return bad(
-                        format!("adapter shapes (A, B) of block {index} {}", projection.name()),
+                        format!("adapter shapes (A, B) for {}", projection.weight_name(index)),
                         format!("{expected:?}"),
                         format!("{found:?}"),
                     );

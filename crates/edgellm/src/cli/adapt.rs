@@ -7,10 +7,9 @@ use std::time::Instant;
 use clap::Args;
 use edgellm::eval::{ExitLoss, JsonLines, heldout_loss, peak_rss_bytes};
 use edgellm::model::ModelError;
-use edgellm::model::adapter::{Adapter, LoraConfig, even_exits};
+use edgellm::model::adapter::{Adapter, LoraConfig, Targets, even_exits};
 use edgellm::model::data::{Example, ValSplit};
 use edgellm::model::traits::{MetricSink, NoMetrics, Voter};
-use edgellm::model::values::Projection;
 use edgellm::session::LoadedModel;
 use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule};
@@ -69,14 +68,9 @@ pub(crate) struct Adapt {
     /// Scale of the adapter: alpha / rank
     #[arg(long, allow_negative_numbers = true, default_value_t = 16.0, value_name = "A")]
     alpha: f64,
-    /// Projections that are adapted
-    #[arg(
-        long,
-        value_delimiter = ',',
-        value_name = "LIST",
-        default_value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-    )]
-    targets: Vec<Projection>,
+    /// Projections that are adapted, in every block or in some: q_proj,v_proj or 20-29:down_proj or all-linear
+    #[arg(long, value_name = "LIST", default_value = "all-linear")]
+    targets: Targets,
     #[command(flatten)]
     optimizer: OptimizerArgs,
     /// Seed of the adapter's start and of the exits' order
@@ -189,9 +183,8 @@ impl Adapt {
     }
 
     fn config(&self, n_blocks: usize) -> anyhow::Result<TuneConfig> {
-        let mut targets = self.targets.clone();
-        targets.sort_unstable();
-        targets.dedup();
+        let targets = self.targets.clone();
+        targets.check(n_blocks).map_err(usage)?;
         let lora = LoraConfig { rank: self.rank, alpha: self.alpha, use_rslora: false, targets };
         lora.validate().map_err(usage)?;
         Ok(TuneConfig {

@@ -112,17 +112,17 @@ impl Compress {
 }
 
 /// Whether a folder is a model, or empty: all that may be replaced.
-fn is_model_dir(path: &std::path::Path) -> anyhow::Result<bool> {
+pub(super) fn is_model_dir(path: &std::path::Path) -> anyhow::Result<bool> {
     Ok(path.join("config.json").is_file() || std::fs::read_dir(path)?.next().is_none())
 }
 
 /// Whether both paths lead to the same place.
-fn same_place(a: &std::path::Path, b: &std::path::Path) -> bool {
+pub(super) fn same_place(a: &std::path::Path, b: &std::path::Path) -> bool {
     matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// A format that policies can name: what [`LayerFormat`] holds, by the kernels' names.
-fn parse_format(name: &str) -> anyhow::Result<LayerFormat> {
+pub(super) fn parse_format(name: &str) -> anyhow::Result<LayerFormat> {
     let format = Format::parse(name).map_err(|e| Usage(format!("--format: {e}")))?;
     let layer = LayerFormat::of(format);
     let stored = layer.packed().map_err(usage)?;

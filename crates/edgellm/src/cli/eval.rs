@@ -19,7 +19,8 @@ use super::data::DataArgs;
 use super::failure::Usage;
 use super::output::{bytes, seconds, table};
 use super::progress::Counted;
-use super::run::{exits, load_adapter};
+use super::run::exits;
+use super::run_adapters::load_adapter;
 use super::{Context, interrupt};
 
 /// Measure how well a model does
@@ -86,7 +87,7 @@ impl Eval {
                 format!("--context: expected at most {most}, what the model was made for, found {}", self.context);
             return Err(Usage(text).into());
         }
-        let adapter = load_adapter(self.adapter.as_deref(), &model.decoder)?;
+        let adapter = load_adapter(self.adapter.as_deref(), &model)?;
         let start = Instant::now();
         let mut results = Results::default();
         if let Some(path) = &self.text {
@@ -197,7 +198,7 @@ impl Eval {
 }
 
 /// Runs an evaluation with progress; a signal stops it between two steps.
-fn with_progress<T>(
+pub(super) fn with_progress<T>(
     ctx: &Context,
     what: &str,
     work: impl FnOnce(&mut dyn FnMut(Progress)) -> anyhow::Result<T>,

@@ -14,7 +14,7 @@ use super::progress::Counted;
 use super::{Context, check_output_file, interrupt};
 
 /// Text to calibrate on where none is given: a part of this project's own fixture text.
-const BUILT_IN_TEXT: &str = include_str!("../../../../fixtures/text/calibration.txt");
+pub(super) const BUILT_IN_TEXT: &str = include_str!("../../../../fixtures/text/calibration.txt");
 
 /// Measure how much every part of a model suffers from every format
 #[derive(Args)]

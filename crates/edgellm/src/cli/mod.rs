@@ -12,6 +12,7 @@ mod inspect;
 mod interrupt;
 mod logits;
 mod measure;
+mod merge;
 mod output;
 mod plan;
 mod profile;
@@ -19,6 +20,7 @@ mod progress;
 mod prompt;
 mod pull;
 mod run;
+mod run_adapters;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -83,6 +85,7 @@ enum Command {
     Plan(plan::Plan),
     Compress(compress::Compress),
     Adapt(adapt::Adapt),
+    Merge(merge::Merge),
     Eval(eval::Eval),
     Run(run::Run),
     Bench(bench::Bench),
@@ -250,6 +253,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Plan(command) => command.run(&ctx).map(success),
         Command::Compress(command) => command.run(&ctx).map(success),
         Command::Adapt(command) => command.run(&ctx),
+        Command::Merge(command) => command.run(&ctx).map(success),
         Command::Eval(command) => command.run(&ctx).map(success),
         Command::Run(command) => command.run(&ctx).map(success),
         Command::Bench(command) => command.run(&ctx).map(success),

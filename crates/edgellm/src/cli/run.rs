@@ -10,7 +10,6 @@ use edgellm::kernels::CacheType;
 use edgellm::model::ModelError;
 use edgellm::model::adapter::{Adapter, even_exits};
 use edgellm::model::chat::{ChatMessage, ChatTemplate};
-use edgellm::model::decoder::Decoder;
 use edgellm::model::generate::{Flow, Generator};
 use edgellm::model::io::read_text;
 use edgellm::model::sample::{Sampler, SamplingConfig};
@@ -23,6 +22,7 @@ use serde_json::{Value, json};
 use super::failure::{Interrupted, Usage, usage};
 use super::output::{print, seconds};
 use super::prompt::{encode_prompt, read_messages, render};
+use super::run_adapters::{self, AdapterArgs, Line};
 use super::{Context, check_output_file, interrupt, logits};
 
 /// Exits that vote where no adapter says which.
@@ -35,9 +35,8 @@ pub(crate) struct Run {
     /// The model: a folder, a GGUF file, or a stored name
     #[arg(short, long, value_name = "MODEL")]
     model: String,
-    /// An adapter, as `edgellm adapt` or PEFT wrote it
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    adapters: AdapterArgs,
     /// The prompt: a user's message if the model has a chat template, else the start of a text
     #[arg(short, long, group = "input")]
     prompt: Option<String>,
@@ -151,30 +150,32 @@ impl Run {
         if let Some(path) = &self.dump_logits {
             check_output_file(path)?;
         }
+        self.adapters.check()?;
         if self.render_only {
             return self.render(ctx);
         }
-        let model = ctx.load(&self.model)?;
-        let adapter = load_adapter(self.adapter.as_deref(), &model.decoder)?;
-        let exits = exits(adapter.as_ref(), model.decoder.n_blocks())?;
-        if vote.needs_all_exits() && adapter.as_ref().is_none_or(|a| a.exits().is_empty()) {
+        let mut model = ctx.load(&self.model)?;
+        self.adapters.load(&mut model)?;
+        let adapter = model.adapters.current();
+        let exits = exits(adapter, model.decoder.n_blocks())?;
+        if vote.needs_all_exits() && adapter.is_none_or(|a| a.exits().is_empty()) {
             ctx.say("note: without an adapter the early exits are untrained; their vote is poor");
         }
-        let speaker = Speaker {
+        let mut speaker = Speaker {
             ctx,
             model: &model,
-            adapter: adapter.as_ref(),
+            adapter,
             vote,
-            exits: &exits,
+            exits,
             n: self.n,
             kv_cache: self.kv_cache,
         };
         if self.chat {
-            return self.converse(&speaker, &mut sampler);
+            return self.converse(&mut speaker, &mut sampler);
         }
         let ids = self.prompt_ids(&model)?;
         if let Some(path) = &self.dump_logits {
-            logits::dump(ctx, &model.decoder, adapter.as_ref(), &ids, path)?;
+            logits::dump(ctx, &model.decoder, adapter, &ids, path)?;
             ctx.say(&format!("wrote {}", path.display()));
         }
         let mut generator = speaker.generator()?;
@@ -236,7 +237,7 @@ impl Run {
     }
 
     /// `--chat`: one answer per line of standard input, until it ends.
-    fn converse(&self, speaker: &Speaker<'_>, sampler: &mut Sampler) -> anyhow::Result<()> {
+    fn converse(&self, speaker: &mut Speaker<'_>, sampler: &mut Sampler) -> anyhow::Result<()> {
         let (ctx, model) = (speaker.ctx, speaker.model);
         if model.chat_template.is_none() {
             return Err(Usage(format!("--chat: {} has no chat template; use -p", self.model)).into());
@@ -245,6 +246,7 @@ impl Run {
         let mut turns = Vec::new();
         let mut generator = speaker.generator()?;
         let mut seen: Vec<u32> = Vec::new();
+        let mut adapter = model.adapters.chosen().map(str::to_owned);
         let interactive = std::io::stdin().is_terminal();
         if interactive {
             ctx.say("one message a line; Ctrl-C stops an answer, Ctrl-D ends the conversation");
@@ -253,6 +255,16 @@ impl Run {
             let Some(line) = read_line(interactive)? else { break };
             if line.trim().is_empty() {
                 continue;
+            }
+            match run_adapters::command(ctx, &line, &model.adapters, &mut adapter) {
+                Line::Message => {}
+                Line::Done => continue,
+                Line::Use(adapter) => {
+                    (speaker.adapter, speaker.exits) = (adapter, exits(adapter, model.decoder.n_blocks())?);
+                    // Keys and values of the other adapter: the whole conversation is run again.
+                    seen.clear();
+                    continue;
+                }
             }
             messages.push(ChatMessage::new("user", line));
             let (_, ids) = render(&model.tokenizer, model.chat_template.as_ref(), &messages)?;
@@ -288,12 +300,6 @@ fn read_line(interactive: bool) -> anyhow::Result<Option<String>> {
     }
 }
 
-/// The adapter of `--adapter`, on the decoder's device.
-pub(crate) fn load_adapter(path: Option<&std::path::Path>, decoder: &Decoder) -> anyhow::Result<Option<Adapter>> {
-    let load = |path| Ok(Adapter::load(path, decoder.config(), decoder.device())?);
-    path.map(load).transpose()
-}
-
 /// The exits that vote: the adapter's, or evenly spaced ones.
 pub(crate) fn exits(adapter: Option<&Adapter>, n_blocks: usize) -> Result<Vec<usize>, ModelError> {
     let mut exits = adapter.map(Adapter::exits).unwrap_or_default();
@@ -313,13 +319,13 @@ struct Speaker<'a> {
     adapter: Option<&'a Adapter>,
     vote: &'static dyn Voter,
     kv_cache: CacheType,
-    exits: &'a [usize],
+    exits: Vec<usize>,
     n: usize,
 }
 
 impl<'a> Speaker<'a> {
     fn generator(&self) -> anyhow::Result<Generator<'a>> {
-        let generator = Generator::new(&self.model.decoder, self.adapter, self.vote, self.exits)?;
+        let generator = Generator::new(&self.model.decoder, self.adapter, self.vote, &self.exits)?;
         Ok(generator.with_cache_type(self.kv_cache))
     }
 

@@ -4,12 +4,11 @@ use std::time::Instant;
 
 use edgellm::eval::peak_rss_bytes;
 use edgellm::kernels::{active_isa, threads};
-use edgellm::model::adapter::{LoraConfig, even_exits};
+use edgellm::model::adapter::{LoraConfig, Targets, even_exits};
 use edgellm::model::data::Example;
 use edgellm::model::files::ModelFiles;
 use edgellm::model::generate::{Flow, Generator};
 use edgellm::model::sample::{Sampler, SamplingConfig};
-use edgellm::model::values::Projection;
 use edgellm::session::LoadedModel;
 use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule};
@@ -269,7 +268,7 @@ impl<'a> ModelBench<'a> {
             keep: if step.recompute { Keep::Inputs } else { Keep::All },
             exits: even_exits(n_blocks, step.exits).map_err(usage)?,
             window: step.window.unwrap_or(n_blocks),
-            lora: LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, targets: Projection::ALL.to_vec() },
+            lora: LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, targets: Targets::all_linear() },
             train_exit_norms: false,
             learning_rate: 1e-4,
             exit_scale: ExitScale::Equal,

@@ -1,0 +1,124 @@
+//! The adapters of `edgellm run`: loading several by name, and changing between them in a conversation.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use edgellm::model::adapter::{Adapter, AdapterSet};
+use edgellm::session::LoadedModel;
+
+use super::Context;
+use super::failure::Usage;
+
+/// Adapters on the command line.
+#[derive(Args)]
+pub(crate) struct AdapterArgs {
+    /// An adapter, as `edgellm adapt` or PEFT wrote it, perhaps with a name; several can be given
+    #[arg(long = "adapter", value_name = "[NAME=]DIR")]
+    adapters: Vec<String>,
+    /// The adapter to use, by its name, or none (default: the last one given)
+    #[arg(long = "use", value_name = "NAME", requires = "adapters")]
+    chosen: Option<String>,
+}
+
+impl AdapterArgs {
+    /// Names and folders, in the order given.
+    fn named(&self) -> anyhow::Result<Vec<(String, PathBuf)>> {
+        let mut named: Vec<(String, PathBuf)> = Vec::new();
+        for text in &self.adapters {
+            let (name, dir) = match text.split_once('=') {
+                // A folder may have this sign in its name.
+                Some((name, dir)) if !Path::new(text).exists() => (name.to_string(), PathBuf::from(dir)),
+                _ => (folder_name(Path::new(text)), PathBuf::from(text)),
+            };
+            if let Some((_, first)) = named.iter().find(|(taken, _)| *taken == name) {
+                let text = format!(
+                    "--adapter: {} and {} are both called '{name}'; give names, such as --adapter one={}",
+                    first.display(),
+                    dir.display(),
+                    first.display()
+                );
+                return Err(Usage(text).into());
+            }
+            named.push((name, dir));
+        }
+        Ok(named)
+    }
+
+    /// What can be checked before a model is loaded.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        let named = self.named()?;
+        match &self.chosen {
+            Some(name) if name != "none" && !named.iter().any(|(known, _)| known == name) => {
+                let names: Vec<&str> = named.iter().map(|(name, _)| name.as_str()).collect();
+                Err(Usage(format!("--use: expected one of {} or none, found {name}", names.join(", "))).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Loads the adapters into the model's set and chooses one.
+    pub(crate) fn load(&self, model: &mut LoadedModel) -> anyhow::Result<()> {
+        let named = self.named()?;
+        for (name, dir) in &named {
+            model.load_adapter(name, dir)?;
+        }
+        let last = named.last().map(|(name, _)| name.as_str());
+        let chosen = self.chosen.as_deref().or(last).filter(|name| *name != "none");
+        Ok(model.adapters.choose(chosen)?)
+    }
+}
+
+fn folder_name(dir: &Path) -> String {
+    let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    whole.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The adapter of a single `--adapter DIR`; without one, what comes with the model.
+pub(crate) fn load_adapter(path: Option<&Path>, model: &LoadedModel) -> anyhow::Result<Option<Adapter>> {
+    match path {
+        Some(path) => Ok(Some(Adapter::load(path, model.decoder.config(), model.decoder.device())?)),
+        None => Ok(model.adapters.current().cloned()),
+    }
+}
+
+/// What a line of a conversation was.
+pub(crate) enum Line<'a> {
+    /// A message to the model.
+    Message,
+    /// A command that changed nothing.
+    Done,
+    /// From now on the model is run with this. What was computed before does not hold for it.
+    Use(Option<&'a Adapter>),
+}
+
+/// Obeys `/adapter NAME`, `/adapter none` and `/adapters`; `chosen` is the name of the adapter in use.
+pub(crate) fn command<'a>(ctx: &Context, line: &str, set: &'a AdapterSet, chosen: &mut Option<String>) -> Line<'a> {
+    let mut words = line.split_whitespace();
+    match (words.next(), words.next(), words.next()) {
+        (Some("/adapters"), None, _) => list(ctx, set, chosen.as_deref()),
+        (Some("/adapter"), Some(name), None) => {
+            let name = Some(name).filter(|name| *name != "none");
+            match set.get(name) {
+                Ok(_) if name == chosen.as_deref() => ctx.say(&format!("adapter: {} already", name.unwrap_or("none"))),
+                Ok(adapter) => {
+                    *chosen = name.map(str::to_owned);
+                    let name = name.unwrap_or("none");
+                    ctx.say(&format!("adapter: {name}; the conversation so far is read again with it"));
+                    return Line::Use(adapter);
+                }
+                Err(error) => ctx.say(&format!("error: {error}")),
+            }
+        }
+        (Some("/adapter"), _, _) => ctx.say("usage: /adapter NAME, /adapter none, /adapters"),
+        _ => return Line::Message,
+    }
+    Line::Done
+}
+
+fn list(ctx: &Context, set: &AdapterSet, chosen: Option<&str>) {
+    let names = std::iter::once(None).chain(set.names().map(Some));
+    for name in names {
+        let mark = if name == chosen { "*" } else { " " };
+        ctx.say(&format!("{mark} {}", name.unwrap_or("none")));
+    }
+}
