@@ -26,6 +26,6 @@ mod windows;
 pub use divergence::{Adapted, Divergence, adapted_kl_divergence, kl_divergence};
 pub use error::{EvalError, Result};
 pub use heldout::{ExitLoss, HeldOut, heldout_loss};
-pub use metrics::{JsonLines, peak_rss_bytes};
+pub use metrics::{JsonLines, peak_rss_bytes, rss_bytes};
 pub use perplexity::{Perplexity, perplexity};
 pub use windows::Progress;

@@ -69,15 +69,25 @@ fn line(event: &str, seconds: f64, fields: Value) -> Result<String, ModelError> 
 /// The most physical memory that this process had in use at a time, in bytes (`VmHWM` of `/proc/self/status`). `None`
 /// on systems other than Linux and Android.
 pub fn peak_rss_bytes() -> Option<u64> {
+    status_bytes("VmHWM:")
+}
+
+/// The physical memory that this process has in use now, in bytes (`VmRSS`). `None` on systems other than Linux and
+/// Android.
+pub fn rss_bytes() -> Option<u64> {
+    status_bytes("VmRSS:")
+}
+
+fn status_bytes(name: &str) -> Option<u64> {
     if cfg!(any(target_os = "linux", target_os = "android")) {
-        parse_peak(&std::fs::read_to_string("/proc/self/status").ok()?)
+        parse_status(&std::fs::read_to_string("/proc/self/status").ok()?, name)
     } else {
         None
     }
 }
 
-fn parse_peak(status: &str) -> Option<u64> {
-    let value = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+fn parse_status(status: &str, name: &str) -> Option<u64> {
+    let value = status.lines().find_map(|line| line.strip_prefix(name))?;
     value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
@@ -115,8 +125,8 @@ mod tests {
 
     #[test]
     fn peak_memory_is_read_in_bytes() {
-        assert_eq!(parse_peak("VmPeak:\t 9 kB\nVmHWM:\t   1234 kB\n"), Some(1234 * 1024));
-        assert_eq!(parse_peak("VmPeak:\t 9 kB\n"), None);
+        assert_eq!(parse_status("VmPeak:\t 9 kB\nVmHWM:\t   1234 kB\n"), Some(1234 * 1024));
+        assert_eq!(parse_status("VmPeak:\t 9 kB\n"), None);
         if cfg!(target_os = "linux") {
             assert!(peak_rss_bytes().unwrap() > 1 << 20);
         }

@@ -103,7 +103,7 @@ impl Merge {
 
     /// What can be checked before a model is opened.
     fn check(&self) -> anyhow::Result<MergeOptions> {
-        self.examples.check()?;
+        self.examples.check(self.data.iter().filter(|path| is_jsonl(path)))?;
         let format = if self.format == "keep" { None } else { Some(parse_merged_format(&self.format)?) };
         if !self.update_weight.is_finite() || self.update_weight < 0.0 {
             let text = format!("--update-weight: expected at least 0, found {}", self.update_weight);
@@ -131,7 +131,7 @@ impl Merge {
         result: &LoadedModel,
     ) -> anyhow::Result<Comparison> {
         let examples = match self.data.as_deref().filter(|path| is_jsonl(path)) {
-            Some(path) => Some(self.examples.read(base, path)?),
+            Some(path) => Some(self.examples.read(base, path)?.examples),
             None => None,
         };
         let ids = match (&examples, &self.data) {
