@@ -7,6 +7,7 @@
 mod block;
 mod cache;
 mod load;
+mod pool;
 mod rope;
 
 use std::ops::Range;
@@ -14,8 +15,10 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use edgellm_kernels::{
-    BlockCache, BlockScratch, CacheType, cross_entropy_head, decoder_block, packed_embedding, rms_norm,
+    BlockCache, BlockScratch, cross_entropy_head, decoder_block, packed_embedding, rms_norm,
 };
+
+pub use edgellm_kernels::CacheType;
 
 pub use self::block::{Block, Linear, LinearObserver, Weight};
 pub use self::cache::KvCache;

@@ -19,6 +19,7 @@ mod progress;
 mod prompt;
 mod pull;
 mod run;
+mod vote;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -83,6 +84,7 @@ enum Command {
     Plan(plan::Plan),
     Compress(compress::Compress),
     Adapt(adapt::Adapt),
+    Vote(vote::Vote),
     Eval(eval::Eval),
     Run(run::Run),
     Bench(bench::Bench),
@@ -250,6 +252,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Plan(command) => command.run(&ctx).map(success),
         Command::Compress(command) => command.run(&ctx).map(success),
         Command::Adapt(command) => command.run(&ctx),
+        Command::Vote(command) => command.run(&ctx).map(success),
         Command::Eval(command) => command.run(&ctx).map(success),
         Command::Run(command) => command.run(&ctx).map(success),
         Command::Bench(command) => command.run(&ctx).map(success),

@@ -17,13 +17,12 @@ use edgellm::model::sample::{Sampler, SamplingConfig};
 use edgellm::model::tokenizer::Tokenizer;
 use edgellm::model::traits::Voter;
 use edgellm::session::LoadedModel;
-use edgellm::tune::voters::voter;
 use serde_json::{Value, json};
 
 use super::failure::{Interrupted, Usage, usage};
 use super::output::{print, seconds};
 use super::prompt::{encode_prompt, read_messages, render};
-use super::{Context, check_output_file, interrupt, logits};
+use super::{Context, check_output_file, interrupt, logits, vote};
 
 /// Exits that vote where no adapter says which.
 const DEFAULT_EXITS: usize = 4;
@@ -64,7 +63,8 @@ pub(crate) struct Run {
     n: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// How the exits decide together: last, max, mean or renorm-max
+    /// How the exits decide together: last, max, renorm-max, mean; with a fitted adapter also weighted, calibrated-max,
+    /// calibrated-renorm-max, calibrated-mean
     #[arg(long, default_value = "last")]
     vote: String,
     /// How keys and values of earlier tokens are kept on the CPU: f16, int8 or f32
@@ -146,7 +146,7 @@ impl Answer {
 
 impl Run {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
-        let vote = voter(&self.vote)?;
+        vote::check_name(&self.vote, self.adapter.as_deref())?;
         let mut sampler = self.sampling.sampler()?;
         if let Some(path) = &self.dump_logits {
             check_output_file(path)?;
@@ -157,6 +157,7 @@ impl Run {
         let model = ctx.load(&self.model)?;
         let adapter = load_adapter(self.adapter.as_deref(), &model.decoder)?;
         let exits = exits(adapter.as_ref(), model.decoder.n_blocks())?;
+        let vote = vote::named(&self.vote, self.adapter.as_deref(), &exits)?;
         if vote.needs_all_exits() && adapter.as_ref().is_none_or(|a| a.exits().is_empty()) {
             ctx.say("note: without an adapter the early exits are untrained; their vote is poor");
         }
@@ -164,7 +165,7 @@ impl Run {
             ctx,
             model: &model,
             adapter: adapter.as_ref(),
-            vote,
+            vote: vote.as_ref(),
             exits: &exits,
             n: self.n,
             kv_cache: self.kv_cache,
@@ -311,7 +312,7 @@ struct Speaker<'a> {
     ctx: &'a Context,
     model: &'a LoadedModel,
     adapter: Option<&'a Adapter>,
-    vote: &'static dyn Voter,
+    vote: &'a dyn Voter,
     kv_cache: CacheType,
     exits: &'a [usize],
     n: usize,
