@@ -38,7 +38,9 @@ impl Sums {
 
     /// Adds the losses of `targets`, given each exit's normed states, `[tokens, d]`.
     ///
-    /// A log-linear pool costs one head product, like an exit; any other vote looks at all exits' distributions.
+    /// A log-linear pool costs one head product, like an exit. Any other vote looks at all exits' distributions, which
+    /// costs one for each exit. With 8-bit activations the two ways round differently (of the target's logit, by some
+    /// 0.001 nats), so exits and pools go the same way.
     pub(crate) fn add(
         &mut self,
         decoder: &Decoder,
@@ -46,24 +48,20 @@ impl Sums {
         targets: &[i32],
         voters: &[&dyn Voter],
     ) -> Result<()> {
-        let others: Vec<(usize, &dyn Voter)> =
-            voters.iter().copied().enumerate().filter(|(_, voter)| voter.pool(normed.len()).is_none()).collect();
-        if others.is_empty() {
-            for (normed, sum) in normed.iter().zip(&mut self.exits) {
-                *sum += pool_loss(decoder, std::slice::from_ref(normed), &[1.0], targets)?;
-            }
-        } else {
-            self.add_distributions(decoder, normed, targets, &others)?;
+        for (normed, sum) in normed.iter().zip(&mut self.exits) {
+            *sum += pool_loss(decoder, std::slice::from_ref(normed), &[1.0], targets)?;
         }
-        for (voter, sum) in voters.iter().zip(&mut self.votes) {
-            if let Some(weights) = voter.pool(normed.len()) {
-                *sum += pool_loss(decoder, normed, &weights, targets)?;
+        let mut others = Vec::new();
+        for (index, &voter) in voters.iter().enumerate() {
+            match voter.pool(normed.len()) {
+                Some(weights) => self.votes[index] += pool_loss(decoder, normed, &weights, targets)?,
+                None => others.push((index, voter)),
             }
         }
-        Ok(())
+        if others.is_empty() { Ok(()) } else { self.add_distributions(decoder, normed, targets, &others) }
     }
 
-    /// Adds the losses of every exit and of these votes, from the same logits.
+    /// Adds the losses of these votes, which look at whole distributions.
     fn add_distributions(
         &mut self,
         decoder: &Decoder,
@@ -74,11 +72,10 @@ impl Sums {
         let vocab = decoder.config().vocab_size;
         for (index, targets) in targets.chunks(CHUNK).enumerate() {
             let mut exits = Vec::with_capacity(normed.len());
-            for (normed, sum) in normed.iter().zip(&mut self.exits) {
+            for normed in normed {
                 let part = normed.clone().narrow(0, index * CHUNK, targets.len());
                 let mut rows = to_vec(decoder.logits(part))?;
                 rows.par_chunks_mut(vocab).for_each(log_softmax);
-                *sum -= targets.iter().zip(rows.chunks(vocab)).map(|(&t, row)| f64::from(row[t as usize])).sum::<f64>();
                 exits.push(rows);
             }
             // Each token's votes on their own thread; summed in order, so that the result does not depend on the threads.
