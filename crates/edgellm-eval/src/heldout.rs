@@ -7,20 +7,14 @@ use burn::tensor::{Int, Tensor};
 use edgellm_model::adapter::Adapter;
 use edgellm_model::data::Example;
 use edgellm_model::decoder::Decoder;
-use edgellm_model::generate::to_vec;
-use edgellm_model::sample::log_softmax;
 use edgellm_model::traits::Voter;
-use rayon::prelude::*;
 
 use crate::error::{EvalError, Result, finite};
+use crate::votes::{Sums, check_exits};
 use crate::windows::Progress;
 
 /// Tokens of a batch, padding included, unless a single example is longer.
 const BATCH_TOKENS: usize = 2048;
-/// Response tokens whose loss is taken at a time: a packed head never holds their logits, an expanded one does.
-const LOSS_CHUNK: usize = 512;
-/// Response tokens whose logits, of every exit, are held at a time for a vote.
-const CHUNK: usize = 64;
 
 /// Loss of one exit.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -59,29 +53,23 @@ pub fn heldout_loss(
     examples: &[Example],
     progress: &mut dyn FnMut(Progress),
 ) -> Result<HeldOut> {
-    let n = decoder.n_blocks();
-    let ascending = exits.windows(2).all(|pair| pair[0] < pair[1]);
-    if !ascending || exits.first().is_none_or(|e| *e == 0) || exits.last().is_some_and(|e| *e > n) {
-        let expected = format!("ascending numbers of blocks from 1 to {n}");
-        return Err(EvalError::Setting { what: "exits", expected, found: format!("{exits:?}") });
-    }
+    check_exits(exits, decoder.n_blocks())?;
     let usable: Vec<&Example> = examples.iter().filter(|e| targets(e).next().is_some()).collect();
     let tokens: usize = usable.iter().map(|e| targets(e).count()).sum();
     if tokens == 0 {
         return Err(EvalError::TooLittle { what: "response tokens of the examples", needed: 1, found: 0 });
     }
     let batches = batches(usable.clone());
-    let mut sums = vec![0.0; exits.len()];
-    let mut votes = vec![0.0; voters.len()];
+    let mut sums = Sums::zero(exits.len(), voters.len());
     for (index, batch) in batches.iter().enumerate() {
-        batch.run(decoder, adapter, exits, voters, &mut Sums { exits: &mut sums, votes: &mut votes })?;
+        batch.run(decoder, adapter, exits, voters, &mut sums)?;
         progress(Progress { done: index + 1, total: batches.len() });
     }
     let mean = |sum: f64| finite("the held-out loss", sum / tokens as f64);
-    let by_exit = exits.iter().zip(sums).map(|(&exit, sum)| Ok(ExitLoss { exit, loss: mean(sum)? }));
+    let by_exit = exits.iter().zip(sums.exits).map(|(&exit, sum)| Ok(ExitLoss { exit, loss: mean(sum)? }));
     Ok(HeldOut {
         by_exit: by_exit.collect::<Result<_>>()?,
-        votes: votes.into_iter().map(mean).collect::<Result<_>>()?,
+        votes: sums.votes.into_iter().map(mean).collect::<Result<_>>()?,
         tokens,
         examples: usable.len(),
     })
@@ -112,12 +100,6 @@ fn batches(mut examples: Vec<&Example>) -> Vec<Batch<'_>> {
     batches
 }
 
-/// Summed losses of the exits and of the votes.
-struct Sums<'a> {
-    exits: &'a mut [f64],
-    votes: &'a mut [f64],
-}
-
 impl Batch<'_> {
     /// Adds the losses of this batch to `sums`.
     fn run(
@@ -126,7 +108,7 @@ impl Batch<'_> {
         adapter: Option<&Adapter>,
         exits: &[usize],
         voters: &[&dyn Voter],
-        sums: &mut Sums<'_>,
+        sums: &mut Sums,
     ) -> Result<()> {
         let rows: Vec<Vec<u32>> = self.examples.iter().map(|e| self.padded(e)).collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
@@ -141,20 +123,7 @@ impl Batch<'_> {
             let flat: Tensor<2> = x.clone().reshape([rows.len() * self.tokens, decoder.config().hidden_size]);
             normed.push(decoder.exit_norm(flat.select(0, positions.clone()), exit, adapter));
         }
-        if voters.is_empty() {
-            for (normed, sum) in normed.iter().zip(sums.exits.iter_mut()) {
-                for (index, targets) in next.chunks(LOSS_CHUNK).enumerate() {
-                    let part = normed.clone().narrow(0, index * LOSS_CHUNK, targets.len());
-                    *sum += loss(decoder, part, targets)?;
-                }
-            }
-            return Ok(());
-        }
-        for (index, targets) in next.chunks(CHUNK).enumerate() {
-            let parts = normed.iter().map(|x| x.clone().narrow(0, index * CHUNK, targets.len())).collect();
-            vote_losses(decoder, parts, targets, voters, sums)?;
-        }
-        Ok(())
+        sums.add(decoder, &normed, &next, voters)
     }
 
     fn padded(&self, example: &Example) -> Vec<u32> {
@@ -176,52 +145,4 @@ impl Batch<'_> {
         }
         (positions, next)
     }
-}
-
-fn loss(decoder: &Decoder, normed: Tensor<2>, targets: &[i32]) -> Result<f64> {
-    let device = normed.device();
-    let weights = Tensor::<1>::ones([targets.len()], &device);
-    let loss = decoder.loss(normed, Tensor::<1, Int>::from_data(targets, &device), weights);
-    Ok(to_vec(loss)?.into_iter().map(f64::from).sum())
-}
-
-/// Adds the summed losses of every exit and every vote, from the same logits.
-fn vote_losses(
-    decoder: &Decoder,
-    parts: Vec<Tensor<2>>,
-    targets: &[i32],
-    voters: &[&dyn Voter],
-    sums: &mut Sums<'_>,
-) -> Result<()> {
-    let vocab = decoder.config().vocab_size;
-    let mut exits = Vec::with_capacity(parts.len());
-    for (part, sum) in parts.into_iter().zip(sums.exits.iter_mut()) {
-        let mut rows = to_vec(decoder.logits(part))?;
-        rows.par_chunks_mut(vocab).for_each(log_softmax);
-        *sum -= targets.iter().zip(rows.chunks(vocab)).map(|(&t, row)| f64::from(row[t as usize])).sum::<f64>();
-        exits.push(rows);
-    }
-    // Each token's votes on their own thread; summed in order, so that the result does not depend on the threads.
-    let of_tokens: Vec<Vec<f32>> = targets
-        .par_iter()
-        .enumerate()
-        .map_init(
-            || vec![0.0; vocab],
-            |voted, (token, &target)| {
-                let row = token * vocab..(token + 1) * vocab;
-                let views: Vec<&[f32]> = exits.iter().map(|rows| &rows[row.clone()]).collect();
-                let log_prob = |voter: &&dyn Voter| {
-                    voter.vote(&views, voted);
-                    voted[target as usize]
-                };
-                voters.iter().map(log_prob).collect()
-            },
-        )
-        .collect();
-    for log_probs in of_tokens {
-        for (sum, log_prob) in sums.votes.iter_mut().zip(log_probs) {
-            *sum -= f64::from(log_prob);
-        }
-    }
-    Ok(())
 }

@@ -1,5 +1,5 @@
 //! Evaluation and analytics: [`perplexity`](perplexity()) of a text, [`kl_divergence`] from a base model, loss on held-out
-//! examples ([`heldout_loss`]), and metrics as JSON lines ([`JsonLines`]).
+//! examples ([`heldout_loss`]), [`multiple_choice`](multiple_choice()) questions, and metrics as JSON lines ([`JsonLines`]).
 //!
 //! ```
 //! use burn::tensor::Device;
@@ -20,12 +20,15 @@ mod divergence;
 mod error;
 mod heldout;
 mod metrics;
+mod multiple_choice;
 mod perplexity;
+mod votes;
 mod windows;
 
 pub use divergence::{Adapted, Divergence, adapted_kl_divergence, kl_divergence};
 pub use error::{EvalError, Result};
 pub use heldout::{ExitLoss, HeldOut, heldout_loss};
 pub use metrics::{JsonLines, peak_rss_bytes, rss_bytes};
+pub use multiple_choice::{Accuracy, ChoiceOption, MultipleChoice, Question, multiple_choice, read_questions};
 pub use perplexity::{Perplexity, perplexity};
 pub use windows::Progress;

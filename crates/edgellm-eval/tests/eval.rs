@@ -1,13 +1,17 @@
 //! Perplexity, divergence and held-out loss on the tiny model, against direct computation from its logits.
 
 use burn::tensor::{Device, Tensor};
-use edgellm_eval::{EvalError, heldout_loss, kl_divergence, perplexity};
+use edgellm_eval::{
+    Accuracy, ChoiceOption, EvalError, Question, heldout_loss, kl_divergence, multiple_choice, perplexity,
+    read_questions,
+};
 use edgellm_model::adapter::{Adapter, LoraConfig};
 use edgellm_model::data::Example;
 use edgellm_model::decoder::Decoder;
+use edgellm_model::files::ModelFiles;
 use edgellm_model::generate::to_vec;
 use edgellm_model::sample::log_softmax;
-use edgellm_model::testing::{decoder_of, tiny_config, tiny_decoder};
+use edgellm_model::testing::{decoder_of, tiny_config, tiny_decoder, tiny_model_dir};
 use edgellm_model::traits::Voter;
 use edgellm_model::values::Projection;
 use serde_json::json;
@@ -185,4 +189,140 @@ fn impossible_requests_are_errors() {
     assert!(check(&[4], &[Example::new(&[1], &[999, 1])]).to_string().contains("999"));
     let short = perplexity(&decoder, None, &[1, 2, 3], 4, None, &mut |_| {}).unwrap_err();
     assert!(matches!(short, EvalError::TooLittle { needed: 4, found: 3, .. }), "{short}");
+}
+
+/// The pool of exits 1 and 4 with factors that do not sum to one.
+struct Contrast;
+
+impl Voter for Contrast {
+    fn name(&self) -> &'static str {
+        "contrast"
+    }
+
+    fn vote(&self, exits: &[&[f32]], out: &mut [f32]) {
+        for (i, value) in out.iter_mut().enumerate() {
+            *value = 1.4 * exits[1][i] - 0.3 * exits[0][i];
+        }
+        log_softmax(out);
+    }
+
+    fn pool(&self, _n_exits: usize) -> Option<Vec<f32>> {
+        Some(vec![-0.3, 1.4])
+    }
+}
+
+/// The same without saying that it is a pool.
+struct Slow;
+
+impl Voter for Slow {
+    fn name(&self) -> &'static str {
+        "slow"
+    }
+
+    fn vote(&self, exits: &[&[f32]], out: &mut [f32]) {
+        Contrast.vote(exits, out);
+    }
+}
+
+#[test]
+fn a_pool_scores_the_same_with_and_without_its_shortcut() {
+    let decoder = tiny_decoder(1, &Device::flex());
+    let adapter = adapter(&decoder);
+    let voters: [&dyn Voter; 2] = [&Contrast, &Slow];
+    let found = heldout_loss(&decoder, Some(&adapter), &[1, 4], &voters, &examples(), &mut |_| {}).unwrap();
+    close(found.votes[0], found.votes[1]);
+    assert!((found.votes[0] - found.by_exit[1].loss).abs() > 1e-3, "{found:?}");
+    let alone = heldout_loss(&decoder, Some(&adapter), &[1, 4], &[], &examples(), &mut |_| {}).unwrap();
+    assert_eq!(alone.by_exit, found.by_exit);
+}
+
+#[test]
+fn options_are_scored_by_their_log_likelihood() {
+    let decoder = tiny_decoder(1, &Device::flex());
+    let adapter = adapter(&decoder);
+    let exits = [1, 4];
+    let option = |ids: &[u32], characters| ChoiceOption { ids: ids.to_vec(), characters };
+    let question = |seed: u32, answer| Question {
+        context: (0..7 + seed).map(|i| (i * 31 + seed * 7) % 256).collect(),
+        options: vec![
+            option(&[seed], 1),
+            option(&[seed + 1, 9, 77, 3, 1], 30),
+            option(&[4, seed], 2),
+            option(&[5, 6, 7], 5),
+        ],
+        answer,
+    };
+    let questions: Vec<Question> = (0..12).map(|seed| question(seed, usize::from(seed >= 8))).collect();
+    // Exit 1, exit 4, and the vote: by sum and per character.
+    let mut right = [[0.0; 2]; 3];
+    for q in &questions {
+        let mut scores = [vec![], vec![], vec![]];
+        for option in &q.options {
+            let ids = [q.context.as_slice(), &option.ids].concat();
+            let rows = exits.map(|exit| log_probs(&decoder, Some(&adapter), &ids, exit));
+            let mut sums = [0.0; 3];
+            for (offset, &id) in option.ids.iter().enumerate() {
+                let at = q.context.len() + offset - 1;
+                let mut voted = vec![0.0; VOCAB];
+                Contrast.vote(&[&rows[0][at], &rows[1][at]], &mut voted);
+                let each = [rows[0][at][id as usize], rows[1][at][id as usize], voted[id as usize]];
+                sums.iter_mut().zip(each).for_each(|(sum, value)| *sum += f64::from(value));
+            }
+            scores.iter_mut().zip(sums).for_each(|(scores, sum)| scores.push((sum, sum / option.characters as f64)));
+        }
+        for (right, scores) in right.iter_mut().zip(scores) {
+            let best = |key: fn(&(f64, f64)) -> f64| {
+                (0..4).max_by(|&a, &b| key(&scores[a]).total_cmp(&key(&scores[b]))).unwrap()
+            };
+            right[0] += f64::from(u8::from(best(|s| s.0) == q.answer)) / 12.0;
+            right[1] += f64::from(u8::from(best(|s| s.1) == q.answer)) / 12.0;
+        }
+    }
+    let voters: [&dyn Voter; 2] = [&Contrast, &Slow];
+    let found = multiple_choice(&decoder, Some(&adapter), &exits, &voters, &questions, &mut |_| {}).unwrap();
+    let near = |found: Accuracy, expected: [f64; 2]| {
+        assert!((found.acc - expected[0]).abs() < 1e-9 && (found.acc_norm - expected[1]).abs() < 1e-9, "{found:?}");
+    };
+    near(found.by_exit[0], right[0]);
+    near(found.by_exit[1], right[1]);
+    near(found.votes[0], right[2]);
+    near(found.votes[1], right[2]);
+    assert!(right.iter().any(|r| r[0] != r[1]), "a setting in which normalizing matters: {right:?}");
+
+    let refused = |q: Question| multiple_choice(&decoder, None, &exits, &[], &[q], &mut |_| {}).unwrap_err();
+    assert!(refused(question(0, 4)).to_string().contains("answer 4"));
+    let strange = Question { options: vec![option(&[1], 1), option(&[999], 1)], ..question(0, 1) };
+    assert!(refused(strange).to_string().contains("999"));
+    assert!(multiple_choice(&decoder, None, &exits, &[], &[], &mut |_| {}).is_err());
+}
+
+#[test]
+fn questions_are_read_in_both_layouts_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    tiny_model_dir(&folder.path().join("model"), 0).unwrap();
+    let tokenizer = ModelFiles::open(&folder.path().join("model")).unwrap().tokenizer().unwrap();
+    let path = folder.path().join("q.jsonl");
+    let read = |text: &str, limit| {
+        std::fs::write(&path, text).unwrap();
+        read_questions(&path, &tokenizer, limit)
+    };
+    let good = "{\"context\": \"One two\", \"choices\": [\"three.\", \"fünf\"], \"answer\": 0}\n\n\
+                {\"subject\": \"s\", \"input\": \"Which?\\nA. x\\nB. y\\nC. z\\nAnswer:\", \"output\": \"B\"}\n";
+    let questions = read(good, 9).unwrap();
+    assert_eq!(questions.len(), 2);
+    assert_eq!(questions[0].options[1].characters, 5);
+    assert_eq!(questions[0].options[0].ids, tokenizer.encode(" three.", false).unwrap());
+    assert_eq!((questions[1].options.len(), questions[1].answer), (3, 1));
+    assert_eq!(read(good, 1).unwrap().len(), 1);
+    for bad in [
+        "nonsense",
+        "{}",
+        "{\"context\": \"a\", \"choices\": [\"b\", \"c\"], \"answer\": 2}",
+        "{\"context\": \"a\", \"choices\": [], \"answer\": 0}",
+        "{\"context\": \"a\", \"choices\": [\"b\", \"c\"], \"answer\": -1}",
+        "{\"input\": \"Which?\\nA. x\\nB. y\", \"output\": \"C\"}",
+    ] {
+        let error = read(&format!("{good}{bad}\n"), 9).unwrap_err().to_string();
+        assert!(error.contains("line 4"), "{bad}: {error}");
+    }
 }

@@ -67,20 +67,20 @@ impl<'a> Generator<'a> {
     pub fn advance(&mut self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
         let mut hidden = self.decoder.embed(&[ids])?;
         let mut start = 0;
-        let mut distributions = Vec::with_capacity(self.exits.len());
+        let mut states = Vec::with_capacity(self.exits.len());
         for &exit in &self.exits {
             hidden = self.decoder.run_blocks(hidden, start..exit, self.adapter, Some(&mut self.cache))?;
             start = exit;
             let last = hidden.clone().narrow(1, ids.len() - 1, 1);
             let last: Tensor<2> = last.reshape([1, self.decoder.config().hidden_size]);
-            let logits = self.decoder.logits(self.decoder.exit_norm(last, exit, self.adapter));
-            let mut row = to_vec(logits)?;
-            log_softmax(&mut row);
-            distributions.push(row);
+            states.push(self.decoder.exit_norm(last, exit, self.adapter));
         }
-        if distributions.len() == 1 && !self.voter.needs_all_exits() {
-            return Ok(distributions.remove(0));
+        if let Some(weights) = self.voter.pool(states.len()) {
+            return log_probs(self.decoder.pooled_logits(&states, &weights));
         }
+        let distributions: Result<Vec<_>, _> =
+            states.into_iter().map(|state| log_probs(self.decoder.logits(state))).collect();
+        let distributions = distributions?;
         let views: Vec<&[f32]> = distributions.iter().map(Vec::as_slice).collect();
         let mut out = vec![0.0; self.decoder.config().vocab_size];
         self.voter.vote(&views, &mut out);
@@ -118,6 +118,13 @@ impl<'a> Generator<'a> {
             log_probs = self.advance(&[token])?;
         }
     }
+}
+
+/// Log-probabilities from one token's logits, `[1, vocab]`.
+fn log_probs(logits: Tensor<2>) -> Result<Vec<f32>, ModelError> {
+    let mut row = to_vec(logits)?;
+    log_softmax(&mut row);
+    Ok(row)
 }
 
 /// The f32 values of a tensor.

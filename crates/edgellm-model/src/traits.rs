@@ -118,6 +118,15 @@ pub trait Voter: Sync {
     fn needs_all_exits(&self) -> bool {
         true
     }
+
+    /// The factors on the logits of `n_exits` exits, if the vote is a log-linear pool: one head product then does for
+    /// all exits ([`Decoder::pooled_logits`](crate::decoder::Decoder::pooled_logits)). `vote` must say the same.
+    ///
+    /// # Panics
+    /// If it was made for another number of exits.
+    fn pool(&self, _n_exits: usize) -> Option<Vec<f32>> {
+        None
+    }
 }
 
 /// Where a block's weights come from.

@@ -1,7 +1,8 @@
 //! Adaptive layer tuning and voting.
 //!
 //! [`Trainer`] tunes an adapter on a frozen, possibly packed base: each step trains only a window of blocks below one
-//! exit, runs nothing above it and keeps nothing below it. [`voters`] combines the exits' distributions at inference.
+//! exit, runs nothing above it and keeps nothing below it. [`voters`] combines the exits' distributions at inference,
+//! with weights that [`vote`] fits.
 //! After EDGE-LLM (DAC 2024, arXiv 2406.15758).
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,7 @@ pub mod optimizer;
 pub mod order;
 mod step;
 mod trainer;
+pub mod vote;
 pub mod voters;
 
 pub use calibrate::calibrate_exit_norms;

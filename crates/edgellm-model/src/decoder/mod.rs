@@ -7,6 +7,7 @@
 mod block;
 mod cache;
 mod load;
+mod pool;
 mod rope;
 mod slices;
 
@@ -14,11 +15,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use edgellm_kernels::{
-    CacheType, cross_entropy_head, decoder_block, decoder_block_uncached, packed_embedding, rms_norm,
-};
+use edgellm_kernels::{cross_entropy_head, decoder_block, decoder_block_uncached, packed_embedding, rms_norm};
 
-pub use edgellm_kernels::{BlockGradients, BlockScratch, BlockTape, HEAD_CHUNK, HeadLoss, LoraGradient};
+pub use edgellm_kernels::{BlockGradients, BlockScratch, BlockTape, CacheType, HEAD_CHUNK, HeadLoss, LoraGradient};
 
 pub use self::block::{Block, Linear, LinearObserver, Weight};
 pub use self::cache::KvCache;

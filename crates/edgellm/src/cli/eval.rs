@@ -1,18 +1,18 @@
-//! `edgellm eval`: perplexity of a text, distance from a base model, loss on held-out examples.
+//! `edgellm eval`: perplexity of a text, distance from a base model, loss on held-out examples, multiple choice.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
 use edgellm::eval::{
-    Divergence, HeldOut, Perplexity, Progress, heldout_loss, kl_divergence, peak_rss_bytes, perplexity,
+    Divergence, HeldOut, MultipleChoice, Perplexity, Progress, heldout_loss, kl_divergence, multiple_choice,
+    peak_rss_bytes, perplexity, read_questions,
 };
 use edgellm::model::adapter::Adapter;
 use edgellm::model::data::DataReport;
 use edgellm::model::io::read_text;
 use edgellm::model::traits::Voter;
 use edgellm::session::LoadedModel;
-use edgellm::tune::voters::voter;
 use serde_json::json;
 
 use super::data::DataArgs;
@@ -21,7 +21,7 @@ use super::output::{bytes, seconds, table};
 use super::progress::Counted;
 use super::run::exits;
 use super::run_adapters::load_adapter;
-use super::{Context, interrupt};
+use super::{Context, interrupt, vote};
 
 /// Measure how well a model does
 #[derive(Args)]
@@ -36,7 +36,7 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "MODEL", requires = "text")]
     base: Option<String>,
     /// A text to measure the perplexity on
-    #[arg(long, value_name = "FILE", required_unless_present = "data")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["data", "multiple_choice"])]
     text: Option<PathBuf>,
     /// Tokens of a window of the text
     #[arg(long, default_value_t = 512, value_name = "N")]
@@ -49,9 +49,17 @@ pub(crate) struct Eval {
     data: Option<PathBuf>,
     #[command(flatten)]
     format: DataArgs,
-    /// How the exits decide together on the examples: last, max, mean or renorm-max
-    #[arg(long, default_value = "last")]
-    vote: String,
+    /// Questions with options to choose from: JSON lines with 'context', 'choices' and 'answer' (an index), or with
+    /// 'input' that lists options by letter and 'output'
+    #[arg(long, value_name = "FILE.jsonl")]
+    multiple_choice: Option<PathBuf>,
+    /// Questions at most (default: all)
+    #[arg(long, value_name = "N", requires = "multiple_choice")]
+    limit: Option<usize>,
+    /// How the exits decide together on examples and questions, one or several: last, max, renorm-max, mean; with a
+    /// fitted adapter also weighted, calibrated-max, calibrated-renorm-max, calibrated-mean
+    #[arg(long, default_value = "last", value_delimiter = ',', value_name = "NAME,...")]
+    vote: Vec<String>,
 }
 
 /// What was measured.
@@ -61,21 +69,19 @@ struct Results {
     divergence: Option<Divergence>,
     heldout: Option<HeldOut>,
     data: Option<DataReport>,
+    choice: Option<MultipleChoice>,
     seconds: f64,
-}
-
-impl Results {
-    /// Loss of the vote, or of the last exit.
-    fn heldout_loss(&self) -> Option<f64> {
-        let heldout = self.heldout.as_ref()?;
-        heldout.votes.first().copied().or(heldout.by_exit.last().map(|exit| exit.loss))
-    }
 }
 
 impl Eval {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
         self.format.check(&self.data)?;
-        voter(&self.vote)?;
+        for name in &self.vote {
+            vote::check_name(name, self.adapter.as_deref())?;
+        }
+        if self.limit == Some(0) {
+            return Err(Usage("--limit: expected at least 1, found 0".into()).into());
+        }
         if self.context < 3 || self.windows == Some(0) {
             let text = format!("--context: expected at least 3, found {}; --windows: at least 1", self.context);
             return Err(Usage(text).into());
@@ -95,6 +101,9 @@ impl Eval {
         }
         if let Some(path) = &self.data {
             self.on_data(ctx, &model, adapter.as_ref(), path, &mut results)?;
+        }
+        if let Some(path) = &self.multiple_choice {
+            results.choice = Some(self.on_questions(ctx, &model, adapter.as_ref(), path)?);
         }
         results.seconds = start.elapsed().as_secs_f64();
         self.report(ctx, &model, &results)
@@ -134,15 +143,35 @@ impl Eval {
         results: &mut Results,
     ) -> anyhow::Result<()> {
         let data = self.format.read(model, path)?;
-        let vote = voter(&self.vote)?;
-        // The vote of the last exit alone is its own loss.
-        let voters: &[&dyn Voter] = if vote.needs_all_exits() { &[vote] } else { &[] };
         let exits = exits(adapter, model.decoder.n_blocks())?;
+        let voters = self.voters(&exits)?;
+        let voters: Vec<&dyn Voter> = voters.iter().map(AsRef::as_ref).collect();
         results.heldout = Some(with_progress(ctx, "held-out loss", |on_step| {
-            Ok(heldout_loss(&model.decoder, adapter, &exits, voters, &data.examples, on_step)?)
+            Ok(heldout_loss(&model.decoder, adapter, &exits, &voters, &data.examples, on_step)?)
         })?);
         results.data = Some(data.report);
         Ok(())
+    }
+
+    fn on_questions(
+        &self,
+        ctx: &Context,
+        model: &LoadedModel,
+        adapter: Option<&Adapter>,
+        path: &Path,
+    ) -> anyhow::Result<MultipleChoice> {
+        let questions = read_questions(path, &model.tokenizer, self.limit.unwrap_or(usize::MAX))?;
+        let exits = exits(adapter, model.decoder.n_blocks())?;
+        let voters = self.voters(&exits)?;
+        let voters: Vec<&dyn Voter> = voters.iter().map(AsRef::as_ref).collect();
+        with_progress(ctx, "multiple choice", |on_step| {
+            Ok(multiple_choice(&model.decoder, adapter, &exits, &voters, &questions, on_step)?)
+        })
+    }
+
+    /// The votes that were asked for.
+    fn voters(&self, exits: &[usize]) -> anyhow::Result<Vec<Box<dyn Voter>>> {
+        self.vote.iter().map(|name| vote::named(name, self.adapter.as_deref(), exits)).collect()
     }
 
     fn report(&self, ctx: &Context, model: &LoadedModel, results: &Results) -> anyhow::Result<()> {
@@ -155,9 +184,15 @@ impl Eval {
             "kl": results.divergence.map(|d| d.kl),
             "second_half_kl": results.divergence.map(|d| d.second_half_kl),
             "top1_agreement": results.divergence.map(|d| d.top1_agreement),
-            "heldout_loss": results.heldout_loss(),
+            "heldout_loss": results.heldout.as_ref().and_then(|h| h.votes.first()),
             "by_exit": results.heldout.as_ref().map(|h| &h.by_exit),
-            "vote": results.heldout.as_ref().map(|_| &self.vote),
+            "vote": results.heldout.as_ref().map(|_| &self.vote[0]),
+            "votes": results.heldout.as_ref().map(|h| vote::by_name(&self.vote, &h.votes)),
+            "multiple_choice": results.choice.as_ref().map(|c| json!({
+                "questions": c.questions,
+                "by_exit": c.by_exit,
+                "votes": vote::by_name(&self.vote, &c.votes),
+            })),
             "examples": results.heldout.as_ref().map(|h| h.examples),
             "data": results.data,
             "tokens": text_tokens.unwrap_or(0) + data_tokens.unwrap_or(0),
@@ -184,8 +219,17 @@ impl Eval {
         for exit in results.heldout.iter().flat_map(|h| &h.by_exit) {
             row(&format!("held-out loss, exit {}", exit.exit), format!("{:.4}", exit.loss));
         }
-        if let Some(loss) = results.heldout.as_ref().and_then(|h| h.votes.first()) {
-            row(&format!("held-out loss, vote {}", self.vote), format!("{loss:.4}"));
+        for (name, loss) in self.vote.iter().zip(results.heldout.iter().flat_map(|h| &h.votes)) {
+            row(&format!("held-out loss, vote {name}"), format!("{loss:.4}"));
+        }
+        if let Some(c) = &results.choice {
+            let exits = (1..=c.by_exit.len()).map(|number| format!("exit {number} of {}", c.by_exit.len()));
+            let names = exits.chain(self.vote.iter().map(|name| format!("vote {name}")));
+            for (name, found) in names.zip(c.by_exit.iter().chain(&c.votes)) {
+                let value = format!("{:.4} summed, {:.4} per character", found.acc, found.acc_norm);
+                row(&format!("accuracy, {name}"), value);
+            }
+            row("questions", c.questions.to_string());
         }
         row("model", bytes(model.files.file_bytes()));
         if let Some(peak) = peak_rss_bytes() {

@@ -215,7 +215,11 @@ impl Merge {
             text.push_str(&format!("the norms of the exits after {:?} blocks lie beside the model\n", adapter.exits()));
         }
         let size = bytes(merged.applied.bytes_after);
-        text.push_str(&format!("{size}, {:.3} bits per weight; wrote {}\n", merged.applied.bits_per_weight, self.output.display()));
+        text.push_str(&format!(
+            "{size}, {:.3} bits per weight; wrote {}\n",
+            merged.applied.bits_per_weight,
+            self.output.display()
+        ));
         text
     }
 }
@@ -241,7 +245,8 @@ fn is_jsonl(path: &Path) -> bool {
 /// A format of `--format`, other than `keep`. Pruning drops weights that the adapter counts on, so it is not for merging.
 fn parse_merged_format(name: &str) -> anyhow::Result<LayerFormat> {
     if Format::parse(name).is_ok_and(|f| f.quantized().is_some_and(|q| q.is_sparse())) {
-        let text = format!("--format: expected keep, f32, f16 or a dense format, found {name}; merge first, then compress");
+        let text =
+            format!("--format: expected keep, f32, f16 or a dense format, found {name}; merge first, then compress");
         return Err(Usage(text).into());
     }
     parse_format(name)

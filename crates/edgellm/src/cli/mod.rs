@@ -21,6 +21,7 @@ mod prompt;
 mod pull;
 mod run;
 mod run_adapters;
+mod vote;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -86,6 +87,7 @@ enum Command {
     Compress(compress::Compress),
     Adapt(adapt::Adapt),
     Merge(merge::Merge),
+    Vote(vote::Vote),
     Eval(eval::Eval),
     Run(run::Run),
     Bench(bench::Bench),
@@ -254,6 +256,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Compress(command) => command.run(&ctx).map(success),
         Command::Adapt(command) => command.run(&ctx),
         Command::Merge(command) => command.run(&ctx).map(success),
+        Command::Vote(command) => command.run(&ctx).map(success),
         Command::Eval(command) => command.run(&ctx).map(success),
         Command::Run(command) => command.run(&ctx).map(success),
         Command::Bench(command) => command.run(&ctx).map(success),

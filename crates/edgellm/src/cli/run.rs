@@ -16,14 +16,13 @@ use edgellm::model::sample::{Sampler, SamplingConfig};
 use edgellm::model::tokenizer::Tokenizer;
 use edgellm::model::traits::Voter;
 use edgellm::session::LoadedModel;
-use edgellm::tune::voters::voter;
 use serde_json::{Value, json};
 
 use super::failure::{Interrupted, Usage, usage};
 use super::output::{print, seconds};
 use super::prompt::{encode_prompt, read_messages, render};
-use super::run_adapters::{self, AdapterArgs, Line};
-use super::{Context, check_output_file, interrupt, logits};
+use super::run_adapters::{self, AdapterArgs, Line, Votes};
+use super::{Context, check_output_file, interrupt, logits, vote};
 
 /// Exits that vote where no adapter says which.
 const DEFAULT_EXITS: usize = 4;
@@ -63,7 +62,8 @@ pub(crate) struct Run {
     n: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// How the exits decide together: last, max, mean or renorm-max
+    /// How the exits decide together: last, max, renorm-max, mean; with a fitted adapter also weighted, calibrated-max,
+    /// calibrated-renorm-max, calibrated-mean
     #[arg(long, default_value = "last")]
     vote: String,
     /// How keys and values of earlier tokens are kept on the CPU: f16, int8 or f32
@@ -145,12 +145,12 @@ impl Answer {
 
 impl Run {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
-        let vote = voter(&self.vote)?;
         let mut sampler = self.sampling.sampler()?;
         if let Some(path) = &self.dump_logits {
             check_output_file(path)?;
         }
         self.adapters.check()?;
+        vote::check_name(&self.vote, self.adapters.chosen_dir()?.as_deref())?;
         if self.render_only {
             return self.render(ctx);
         }
@@ -158,20 +158,14 @@ impl Run {
         self.adapters.load(&mut model)?;
         let adapter = model.adapters.current();
         let exits = exits(adapter, model.decoder.n_blocks())?;
+        let votes = self.adapters.votes(&self.vote, &model)?;
+        let vote = votes.of(model.adapters.chosen());
         if vote.needs_all_exits() && adapter.is_none_or(|a| a.exits().is_empty()) {
             ctx.say("note: without an adapter the early exits are untrained; their vote is poor");
         }
-        let mut speaker = Speaker {
-            ctx,
-            model: &model,
-            adapter,
-            vote,
-            exits,
-            n: self.n,
-            kv_cache: self.kv_cache,
-        };
+        let mut speaker = Speaker { ctx, model: &model, adapter, vote, exits, n: self.n, kv_cache: self.kv_cache };
         if self.chat {
-            return self.converse(&mut speaker, &mut sampler);
+            return self.converse(&mut speaker, &votes, &mut sampler);
         }
         let ids = self.prompt_ids(&model)?;
         if let Some(path) = &self.dump_logits {
@@ -237,7 +231,7 @@ impl Run {
     }
 
     /// `--chat`: one answer per line of standard input, until it ends.
-    fn converse(&self, speaker: &mut Speaker<'_>, sampler: &mut Sampler) -> anyhow::Result<()> {
+    fn converse<'a>(&self, speaker: &mut Speaker<'a>, votes: &'a Votes, sampler: &mut Sampler) -> anyhow::Result<()> {
         let (ctx, model) = (speaker.ctx, speaker.model);
         if model.chat_template.is_none() {
             return Err(Usage(format!("--chat: {} has no chat template; use -p", self.model)).into());
@@ -259,8 +253,9 @@ impl Run {
             match run_adapters::command(ctx, &line, &model.adapters, &mut adapter) {
                 Line::Message => {}
                 Line::Done => continue,
-                Line::Use(adapter) => {
-                    (speaker.adapter, speaker.exits) = (adapter, exits(adapter, model.decoder.n_blocks())?);
+                Line::Use(used) => {
+                    (speaker.adapter, speaker.exits) = (used, exits(used, model.decoder.n_blocks())?);
+                    speaker.vote = votes.of(adapter.as_deref());
                     // Keys and values of the other adapter: the whole conversation is run again.
                     seen.clear();
                     continue;
@@ -317,7 +312,7 @@ struct Speaker<'a> {
     ctx: &'a Context,
     model: &'a LoadedModel,
     adapter: Option<&'a Adapter>,
-    vote: &'static dyn Voter,
+    vote: &'a dyn Voter,
     kv_cache: CacheType,
     exits: Vec<usize>,
     n: usize,

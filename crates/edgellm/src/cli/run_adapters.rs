@@ -1,13 +1,16 @@
 //! The adapters of `edgellm run`: loading several by name, and changing between them in a conversation.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use edgellm::model::adapter::{Adapter, AdapterSet};
+use edgellm::model::traits::Voter;
 use edgellm::session::LoadedModel;
 
-use super::Context;
 use super::failure::Usage;
+use super::run::exits;
+use super::{Context, vote};
 
 /// Adapters on the command line.
 #[derive(Args)]
@@ -65,6 +68,43 @@ impl AdapterArgs {
         let last = named.last().map(|(name, _)| name.as_str());
         let chosen = self.chosen.as_deref().or(last).filter(|name| *name != "none");
         Ok(model.adapters.choose(chosen)?)
+    }
+}
+
+impl AdapterArgs {
+    /// The folder of the adapter that is used first.
+    pub(crate) fn chosen_dir(&self) -> anyhow::Result<Option<PathBuf>> {
+        let mut named = self.named()?;
+        Ok(match &self.chosen {
+            Some(name) => named.into_iter().find(|(known, _)| known == name).map(|(_, dir)| dir),
+            None => named.pop().map(|(_, dir)| dir),
+        })
+    }
+
+    /// The vote called `name` for every adapter.
+    pub(crate) fn votes(&self, name: &str, model: &LoadedModel) -> anyhow::Result<Votes> {
+        let mut by_adapter = BTreeMap::new();
+        for (adapter, dir) in self.named()? {
+            let exits =
+                exits(Some(model.adapters.get(Some(&adapter))?.expect("a named adapter")), model.decoder.n_blocks())?;
+            by_adapter.insert(adapter, vote::named(name, Some(&dir), &exits)?);
+        }
+        // A fitted vote belongs to an adapter: without one the last exit speaks.
+        let fitted = vote::check_name(name, None).is_err();
+        Ok(Votes { by_adapter, without: vote::named(if fitted { "last" } else { name }, None, &[])? })
+    }
+}
+
+/// How the exits of each adapter vote.
+pub(crate) struct Votes {
+    by_adapter: BTreeMap<String, Box<dyn Voter>>,
+    without: Box<dyn Voter>,
+}
+
+impl Votes {
+    /// The vote with this adapter.
+    pub(crate) fn of(&self, adapter: Option<&str>) -> &dyn Voter {
+        adapter.and_then(|name| self.by_adapter.get(name)).unwrap_or(&self.without).as_ref()
     }
 }
 

@@ -1,0 +1,118 @@
+//! Losses of response tokens at every exit and of every vote, from the exits' normed states.
+
+use burn::tensor::{Int, Tensor};
+use edgellm_model::decoder::Decoder;
+use edgellm_model::generate::to_vec;
+use edgellm_model::sample::log_softmax;
+use edgellm_model::traits::Voter;
+use rayon::prelude::*;
+
+use crate::error::{EvalError, Result};
+
+/// Response tokens whose loss is taken at a time: a packed head never holds their logits, an expanded one does.
+const LOSS_CHUNK: usize = 512;
+/// Response tokens whose logits, of every exit, are held at a time for a vote that is no pool.
+const CHUNK: usize = 64;
+
+/// Checks that exits are ascending numbers of blocks.
+pub(crate) fn check_exits(exits: &[usize], n_blocks: usize) -> Result<()> {
+    let ascending = exits.windows(2).all(|pair| pair[0] < pair[1]);
+    if !ascending || exits.first().is_none_or(|e| *e == 0) || exits.last().is_some_and(|e| *e > n_blocks) {
+        let expected = format!("ascending numbers of blocks from 1 to {n_blocks}");
+        return Err(EvalError::Setting { what: "exits", expected, found: format!("{exits:?}") });
+    }
+    Ok(())
+}
+
+/// Summed losses of the exits and of the votes, in nats.
+#[derive(Clone, Debug)]
+pub(crate) struct Sums {
+    pub(crate) exits: Vec<f64>,
+    pub(crate) votes: Vec<f64>,
+}
+
+impl Sums {
+    pub(crate) fn zero(exits: usize, voters: usize) -> Self {
+        Self { exits: vec![0.0; exits], votes: vec![0.0; voters] }
+    }
+
+    /// Adds the losses of `targets`, given each exit's normed states, `[tokens, d]`.
+    ///
+    /// A log-linear pool costs one head product, like an exit. Any other vote looks at all exits' distributions, which
+    /// costs one for each exit. With 8-bit activations the two ways round differently (of the target's logit, by some
+    /// 0.001 nats), so exits and pools go the same way.
+    pub(crate) fn add(
+        &mut self,
+        decoder: &Decoder,
+        normed: &[Tensor<2>],
+        targets: &[i32],
+        voters: &[&dyn Voter],
+    ) -> Result<()> {
+        for (normed, sum) in normed.iter().zip(&mut self.exits) {
+            *sum += pool_loss(decoder, std::slice::from_ref(normed), &[1.0], targets)?;
+        }
+        let mut others = Vec::new();
+        for (index, &voter) in voters.iter().enumerate() {
+            match voter.pool(normed.len()) {
+                Some(weights) => self.votes[index] += pool_loss(decoder, normed, &weights, targets)?,
+                None => others.push((index, voter)),
+            }
+        }
+        if others.is_empty() { Ok(()) } else { self.add_distributions(decoder, normed, targets, &others) }
+    }
+
+    /// Adds the losses of these votes, which look at whole distributions.
+    fn add_distributions(
+        &mut self,
+        decoder: &Decoder,
+        normed: &[Tensor<2>],
+        targets: &[i32],
+        voters: &[(usize, &dyn Voter)],
+    ) -> Result<()> {
+        let vocab = decoder.config().vocab_size;
+        for (index, targets) in targets.chunks(CHUNK).enumerate() {
+            let mut exits = Vec::with_capacity(normed.len());
+            for normed in normed {
+                let part = normed.clone().narrow(0, index * CHUNK, targets.len());
+                let mut rows = to_vec(decoder.logits(part))?;
+                rows.par_chunks_mut(vocab).for_each(log_softmax);
+                exits.push(rows);
+            }
+            // Each token's votes on their own thread; summed in order, so that the result does not depend on the threads.
+            let of_tokens: Vec<Vec<f32>> = targets
+                .par_iter()
+                .enumerate()
+                .map_init(
+                    || vec![0.0; vocab],
+                    |voted, (token, &target)| {
+                        let row = token * vocab..(token + 1) * vocab;
+                        let views: Vec<&[f32]> = exits.iter().map(|rows| &rows[row.clone()]).collect();
+                        let log_prob = |(_, voter): &(usize, &dyn Voter)| {
+                            voter.vote(&views, voted);
+                            voted[target as usize]
+                        };
+                        voters.iter().map(log_prob).collect()
+                    },
+                )
+                .collect();
+            for log_probs in of_tokens {
+                for ((vote, _), log_prob) in voters.iter().zip(log_probs) {
+                    self.votes[*vote] -= f64::from(log_prob);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The summed loss of a pool, a chunk of the tokens at a time.
+fn pool_loss(decoder: &Decoder, normed: &[Tensor<2>], weights: &[f32], targets: &[i32]) -> Result<f64> {
+    let mut sum = 0.0;
+    for (index, targets) in targets.chunks(LOSS_CHUNK).enumerate() {
+        let part = |x: &Tensor<2>| x.clone().narrow(0, index * LOSS_CHUNK, targets.len());
+        let parts: Vec<Tensor<2>> = normed.iter().map(part).collect();
+        let targets = Tensor::<1, Int>::from_data(targets, &parts[0].device());
+        sum += to_vec(decoder.pooled_loss(&parts, weights, targets))?.into_iter().map(f64::from).sum::<f64>();
+    }
+    Ok(sum)
+}
