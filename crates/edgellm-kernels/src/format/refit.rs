@@ -117,7 +117,9 @@ impl PackedHost {
             let (expected, found) = (layout.cols, goal.cols);
             return Err(KernelError::Length { what: "columns of a goal", layout: layout.to_string(), expected, found });
         }
-        let same = |old: &&PackedHost| (old.layout.format, old.layout.rows, old.layout.cols) == (layout.format, layout.rows, layout.cols);
+        let same = |old: &&PackedHost| {
+            (old.layout.format, old.layout.rows, old.layout.cols) == (layout.format, layout.rows, layout.cols)
+        };
         let old = old.filter(same).map(PackedHost::unprepare).transpose()?;
         let old_scales: Option<&[u32]> = old.as_ref().map(|old| bytemuck::cast_slice(&old.scales));
         let PackedHost { layout: rows_layout, mut words, mut scales } = rounded;
@@ -358,7 +360,8 @@ mod tests {
         for format in ["q4g32a", "q3g64s", "q4g32s-2:4", "q6g16s-f32", "q4g32a-f32", "q2g32a-b50", "q8g32s"] {
             let layout = PackedLayout::new(rows, cols, Format::parse(format).unwrap()).unwrap();
             let old = PackedHost::quantize(&noise(rows * cols, 9), layout).unwrap();
-            let again = PackedHost::requantize(&old.dequantize(), layout, Some(&old), &RoundingGoal::new(cols)).unwrap();
+            let again =
+                PackedHost::requantize(&old.dequantize(), layout, Some(&old), &RoundingGoal::new(cols)).unwrap();
             assert_eq!(again.dequantize(), old.dequantize(), "{format}");
         }
     }

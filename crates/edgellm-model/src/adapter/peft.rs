@@ -225,7 +225,8 @@ fn targets_in(file: &SmallFile<'_>, n_layers: usize) -> Targets {
 /// A number as PEFT's users write it: some programs that read `lora_alpha` ask for an integer.
 fn whole_if_it_is(value: f64) -> Result<Number, ModelError> {
     // Every whole number below 2^53 is exact.
-    let number = if value.fract() == 0.0 && value.abs() < 9e15 { Some((value as i64).into()) } else { Number::from_f64(value) };
+    let number =
+        if value.fract() == 0.0 && value.abs() < 9e15 { Some((value as i64).into()) } else { Number::from_f64(value) };
     number.ok_or_else(|| ModelError::Value {
         what: "LoRA alpha".into(),
         expected: "a finite number".into(),

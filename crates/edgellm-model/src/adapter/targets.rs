@@ -261,7 +261,8 @@ fn ranges(blocks: &BTreeSet<usize>) -> Vec<String> {
             _ => ranges.push((block, block)),
         }
     }
-    let show = |(first, last): (usize, usize)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+    let show =
+        |(first, last): (usize, usize)| if first == last { first.to_string() } else { format!("{first}-{last}") };
     ranges.into_iter().map(show).collect()
 }
 
@@ -317,7 +318,8 @@ mod tests {
 
     #[test]
     fn what_is_no_target_is_refused() {
-        for bad in ["", "w_proj", "q_proj,", "5-2:q_proj", "a-b:q_proj", ":q_proj", "1-:q_proj", "0-99999:q_proj", "1:"] {
+        for bad in ["", "w_proj", "q_proj,", "5-2:q_proj", "a-b:q_proj", ":q_proj", "1-:q_proj", "0-99999:q_proj", "1:"]
+        {
             assert!(bad.parse::<Targets>().is_err(), "{bad}");
         }
         assert!("w_proj".parse::<Targets>().unwrap_err().contains("is no projection"));

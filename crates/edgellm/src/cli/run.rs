@@ -161,15 +161,7 @@ impl Run {
         if vote.needs_all_exits() && adapter.is_none_or(|a| a.exits().is_empty()) {
             ctx.say("note: without an adapter the early exits are untrained; their vote is poor");
         }
-        let mut speaker = Speaker {
-            ctx,
-            model: &model,
-            adapter,
-            vote,
-            exits,
-            n: self.n,
-            kv_cache: self.kv_cache,
-        };
+        let mut speaker = Speaker { ctx, model: &model, adapter, vote, exits, n: self.n, kv_cache: self.kv_cache };
         if self.chat {
             return self.converse(&mut speaker, &mut sampler);
         }
