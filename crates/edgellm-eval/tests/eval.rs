@@ -19,7 +19,7 @@ fn text() -> Vec<u32> {
 }
 
 fn adapter(decoder: &Decoder) -> Adapter {
-    let lora = LoraConfig { rank: 2, alpha: 4.0, use_rslora: false, targets: vec![Projection::O] };
+    let lora = LoraConfig { rank: 2, alpha: 4.0, use_rslora: false, targets: vec![Projection::O].into() };
     let mut adapter = Adapter::new(decoder.config(), lora, 7, decoder.device()).unwrap();
     for index in 0..decoder.n_blocks() {
         let lora = adapter.block_mut(index).unwrap().get_mut(Projection::O).as_mut().unwrap();
