@@ -62,6 +62,31 @@ impl CheckPeft {
     }
 }
 
+/// Converts an adapter of ours with llama.cpp's `convert_lora_to_gguf.py` and compares the tensors with ours.
+#[derive(Args)]
+pub(crate) struct CheckLoraGguf {
+    /// A checkout of llama.cpp.
+    #[arg(long, value_name = "DIR")]
+    llama_cpp: PathBuf,
+}
+
+impl CheckLoraGguf {
+    pub(crate) fn run(&self) -> Result<()> {
+        let converter = self.llama_cpp.join("convert_lora_to_gguf.py");
+        ensure!(converter.is_file(), "{}: expected llama.cpp's converter, found no file", converter.display());
+        let folder = repo::scratch("lora-gguf")?;
+        let base = repo::root()?.join("fixtures/model");
+        let Tuned { model, adapter, .. } = tune(&Edgellm::build(&[])?.quietly(), arg(&base)?, &folder, 8)?;
+        let out = folder.join("adapter.gguf");
+        let (python, script) = (python::interpreter(python::CONVERT)?, python::script("check_lora_gguf.py")?);
+        let shell = repo::shell()?;
+        // Its own gguf package is beside it; nothing is written there.
+        cmd!(shell, "{python} -B {converter} --base {model} --outfile {out} {adapter}").quiet().run()?;
+        println!("{}", cmd!(shell, "{python} {script} {adapter} {out}").quiet().read()?);
+        Ok(())
+    }
+}
+
 /// Makes a GGUF file with one block of each type that we read, and compares our reading with the package's.
 pub(crate) fn gguf_types(edgellm: &Edgellm) -> Result<String> {
     let folder = repo::scratch("gguf")?;

@@ -44,6 +44,7 @@ enum Task {
     CheckGguf(checks::CheckGguf),
     CheckAdapter(checks::CheckAdapter),
     CheckPeft(checks::CheckPeft),
+    CheckLoraGguf(checks::CheckLoraGguf),
     ArchCheck(architecture::ArchCheck),
 }
 
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         Task::CheckGguf(task) => task.run(),
         Task::CheckAdapter(task) => task.run(),
         Task::CheckPeft(task) => task.run(),
+        Task::CheckLoraGguf(task) => task.run(),
         Task::ArchCheck(task) => task.run(),
     };
     match result {

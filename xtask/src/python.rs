@@ -14,6 +14,12 @@ pub(crate) const LIGHT: (&str, &[&str]) = ("light", &["numpy==2.4.6", "safetenso
 pub(crate) const PEFT: (&str, &[&str]) =
     ("peft", &["numpy==2.4.6", "safetensors==0.8.0", "torch==2.15.0", "transformers==5.23.0", "peft==0.21.2"]);
 
+/// What llama.cpp's converters import: several gigabytes.
+pub(crate) const CONVERT: (&str, &[&str]) = (
+    "convert",
+    &["numpy==2.4.6", "safetensors==0.8.0", "torch==2.15.0", "transformers==5.23.0", "gguf==0.19.0", "sentencepiece"],
+);
+
 /// The interpreter of an environment with these packages; made where it is missing or has other packages.
 pub(crate) fn interpreter((name, packages): (&str, &[&str])) -> Result<PathBuf> {
     let shell = repo::shell()?;

@@ -47,7 +47,7 @@ pub use cost::{PolicyCost, bits_per_weight, matrices_bytes, policy_cost, total_w
 pub use digest::{calibration_digest, measurement_digest};
 pub use error::{LucError, Result};
 pub use measure::measure;
-pub use merge::{MergeOptions, Merged, MergedMatrix, merge_adapter};
+pub use merge::{Aim, InputMoments, MergeOptions, Merged, MergedMatrix, merge_adapter};
 pub use policy::{Item, Paper, Selection, Solution, Solve, Uniform, allocate_sparsity, option_grid, select};
 pub use progress::Progress;
 pub use rtn::{Rtn, pruned_per_row};

@@ -5,10 +5,13 @@
 //! rounded is noise against them. So the grids are searched ([`PackedHost::requantize`]), and the errors of every row are made
 //! to cancel in the directions in which the adapter reads: with the rows of `A` orthonormalised to `u_k`,
 //!
-//! `|E|^2 + c sum_k |E u_k|^2` is minimised over the codes, where `E = W + s B A - Q`.
+//! `sum_j d_j |E_j|^2 + sum_k c_k |E u_k|^2` is minimised over the codes, where `E = W + s B A - Q`.
 //!
 //! Because `s B A` lies wholly in these directions, `E u_k = 0` means that the update survives in full: `<Q - W, s B A>`
-//! is `|s B A|^2`. The price is a larger `E` elsewhere, which `c` weighs. Nothing but the base and the adapter is needed.
+//! is `|s B A|^2`. The price is a larger `E` elsewhere. What is worth what, `d_j` and `c_k`, the activations of a text
+//! say ([`InputMoments`]); without one, `d_j` is 1 and `c_k` a constant.
+
+mod inputs;
 
 use std::path::Path;
 
@@ -26,19 +29,30 @@ use crate::cost::bits_per_weight;
 use crate::error::Result;
 use crate::progress::Progress;
 
-/// How an adapter is merged.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MergeOptions {
-    /// The format of every matrix of the result; `None` keeps each in its own.
-    pub format: Option<LayerFormat>,
-    /// The weight `c` of the errors in the adapter's directions against all others; 0 asks for the least error of the
+pub use self::inputs::InputMoments;
+
+/// What the rounding of a merged matrix weighs its errors by.
+#[derive(Clone, Copy, Debug)]
+pub enum Aim<'a> {
+    /// All columns alike, and errors in the adapter's directions by this much more; 0 asks for the least error of the
     /// weights alone.
-    pub direction_weight: f32,
+    Constant(f32),
+    /// Both by the activations of a text.
+    Inputs(&'a InputMoments),
 }
 
-impl Default for MergeOptions {
+/// How an adapter is merged.
+#[derive(Clone, Copy, Debug)]
+pub struct MergeOptions<'a> {
+    /// The format of every matrix of the result; `None` keeps each in its own.
+    pub format: Option<LayerFormat>,
+    /// What errors are weighed by.
+    pub aim: Aim<'a>,
+}
+
+impl Default for MergeOptions<'_> {
     fn default() -> Self {
-        Self { format: None, direction_weight: 100.0 }
+        Self { format: None, aim: Aim::Constant(10.0) }
     }
 }
 
@@ -84,7 +98,7 @@ pub struct Merged {
 pub fn merge_adapter(
     files: &ModelFiles,
     adapter: &Adapter,
-    options: &MergeOptions,
+    options: &MergeOptions<'_>,
     out_dir: &Path,
     force: bool,
     progress: &mut dyn FnMut(Progress<'_>),
@@ -110,7 +124,7 @@ pub fn merge_adapter(
                 PackedHost::requantize(&source.dequantize(), *layout, Some(&source), &goal)?
             }
             Some(update) => {
-                let (packed, of_matrix) = update.merge(&source, *layout, options.direction_weight)?;
+                let (packed, of_matrix) = update.merge(&source, *layout, &update.goal(name, options.aim)?)?;
                 matrices.push(of_matrix.report(name, *layout));
                 sums.add(&of_matrix);
                 packed
@@ -129,7 +143,7 @@ pub fn merge_adapter(
     Ok(Merged { applied, matrices, survived: sums.survived(), residual: sums.residual() })
 }
 
-fn check(files: &ModelFiles, adapter: &Adapter, options: &MergeOptions) -> Result<()> {
+fn check(files: &ModelFiles, adapter: &Adapter, options: &MergeOptions<'_>) -> Result<()> {
     adapter.check_fits(files.config())?;
     let bad = |what: &str, expected: &str, found: String| {
         Err(ModelError::Value { what: what.into(), expected: expected.into(), found }.into())
@@ -137,14 +151,16 @@ fn check(files: &ModelFiles, adapter: &Adapter, options: &MergeOptions) -> Resul
     if !adapter.has_updates() {
         return bad("adapter to merge", "a low-rank update", "none".into());
     }
-    if !options.direction_weight.is_finite() || options.direction_weight < 0.0 {
-        return bad("weight of the adapter's directions", "at least 0", options.direction_weight.to_string());
+    match options.aim {
+        Aim::Constant(weight) if !weight.is_finite() || weight < 0.0 => {
+            bad("weight of the adapter's directions", "at least 0", weight.to_string())
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// The policy that the result's formats follow.
-fn policy(files: &ModelFiles, options: &MergeOptions) -> Result<Option<CompressionPolicy>> {
+fn policy(files: &ModelFiles, options: &MergeOptions<'_>) -> Result<Option<CompressionPolicy>> {
     match options.format {
         None => Ok(files.quantization().and_then(|q| q.policy.clone())),
         Some(format) => Ok(Some(uniform_policy(files.config().n_layers, format)?)),
@@ -182,7 +198,25 @@ impl Update {
         }
     }
 
-    fn merge(&self, source: &PackedHost, layout: PackedLayout, weight: f32) -> Result<(PackedHost, Sums)> {
+    /// What the rounding of the tensor `name` is to preserve.
+    fn goal(&self, name: &str, aim: Aim<'_>) -> Result<RoundingGoal> {
+        let cols = self.a.len() / self.rank;
+        match (aim, unit_of(name)) {
+            (Aim::Inputs(inputs), Some(Unit::Linear(block, projection))) => match inputs.of(block, projection) {
+                Some(moments) => moments.goal(),
+                None => Ok(RoundingGoal::new(cols)),
+            },
+            (Aim::Constant(weight), _) if weight > 0.0 => {
+                let basis = orthonormal(&self.a, cols);
+                let k = basis.len();
+                let directions = (0..cols * k).map(|i| weight.sqrt() * basis[i % k][i / k] as f32).collect();
+                Ok(RoundingGoal::new(cols).with_directions(directions, k)?)
+            }
+            _ => Ok(RoundingGoal::new(cols)),
+        }
+    }
+
+    fn merge(&self, source: &PackedHost, layout: PackedLayout, goal: &RoundingGoal) -> Result<(PackedHost, Sums)> {
         let cols = layout.cols;
         let mut values = source.dequantize();
         values.par_chunks_mut(cols).enumerate().for_each_init(
@@ -192,16 +226,7 @@ impl Update {
                 values.iter_mut().zip(delta.iter()).for_each(|(value, delta)| *value += delta);
             },
         );
-        let goal = RoundingGoal::new(cols);
-        let goal = if weight > 0.0 {
-            let basis = orthonormal(&self.a, cols);
-            let k = basis.len();
-            let directions = (0..cols * k).map(|i| weight.sqrt() * basis[i % k][i / k] as f32).collect();
-            goal.with_directions(directions, k)?
-        } else {
-            goal
-        };
-        let packed = PackedHost::requantize(&values, layout, Some(source), &goal)?;
+        let packed = PackedHost::requantize(&values, layout, Some(source), goal)?;
         drop(values);
         let rows: Vec<Sums> = (0..layout.rows)
             .into_par_iter()

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use edgellm_kernels::{Arrangement, Format};
-use edgellm_luc::{MergeOptions, Merged, Rtn, compress_model, merge_adapter, uniform_policy};
+use edgellm_luc::{Aim, InputMoments, MergeOptions, Merged, Rtn, compress_model, merge_adapter, uniform_policy};
 use edgellm_model::adapter::{Adapter, LoraConfig, Targets};
 use edgellm_model::config::ModelConfig;
 use edgellm_model::decoder::{Activations, Decoder, LoadOptions};
@@ -57,7 +57,7 @@ fn base(folder: &Path, format: Option<&str>, arrangement: Arrangement) -> ModelF
     ModelFiles::open(&target).unwrap()
 }
 
-fn merge(files: &ModelFiles, adapter: &Adapter, options: MergeOptions, out: &Path) -> (Merged, ModelFiles) {
+fn merge(files: &ModelFiles, adapter: &Adapter, options: MergeOptions<'_>, out: &Path) -> (Merged, ModelFiles) {
     let merged = merge_adapter(files, adapter, &options, out, true, &mut |_| {}).unwrap();
     (merged, ModelFiles::open(out).unwrap())
 }
@@ -97,9 +97,10 @@ fn a_packed_base_keeps_its_formats_and_most_of_a_small_update() {
         let files = base(folder.path(), Some(format), arrangement);
         // Far below half a step of the grid.
         let adapter = adapter(files.config(), "all-linear", false, 0.01);
-        let plain = MergeOptions { direction_weight: 0.0, ..MergeOptions::default() };
-        let (lost, blind) = merge(&files, &adapter, plain, &folder.path().join("plain"));
-        let (kept, result) = merge(&files, &adapter, MergeOptions::default(), &folder.path().join("out"));
+        let plain = MergeOptions { aim: Aim::Constant(0.0), ..MergeOptions::default() };
+        let (lost, _) = merge(&files, &adapter, plain, &folder.path().join("plain"));
+        let strong = MergeOptions { aim: Aim::Constant(100.0), ..plain };
+        let (kept, result) = merge(&files, &adapter, strong, &folder.path().join("out"));
         assert!(lost.survived < 0.5, "{format}: {} survives plain rounding", lost.survived);
         assert!((kept.survived - 1.0).abs() < 0.1, "{format}: {} survives", kept.survived);
         assert_eq!(kept.applied.bytes_after, files.file_bytes());
@@ -113,7 +114,6 @@ fn a_packed_base_keeps_its_formats_and_most_of_a_small_update() {
             assert_eq!(matrix.format, format);
             assert!(matrix.update > 0.0 && matrix.residual.is_finite(), "{matrix:?}");
         }
-        drop(blind);
     }
 }
 
@@ -146,7 +146,7 @@ fn what_cannot_be_merged_is_refused() {
     let files = base(folder.path(), None, Arrangement::Rows);
     let out = folder.path().join("out");
     let options = MergeOptions::default();
-    let fails = |adapter: &Adapter, options: &MergeOptions, out: &Path, force| {
+    let fails = |adapter: &Adapter, options: &MergeOptions<'_>, out: &Path, force| {
         merge_adapter(&files, adapter, options, out, force, &mut |_| {}).unwrap_err().to_string()
     };
     let other = tiny_config(json!({"intermediate_size": 96}));
@@ -155,7 +155,7 @@ fn what_cannot_be_merged_is_refused() {
     let shallow = tiny_config(json!({"num_hidden_layers": 2}));
     assert!(fails(&adapter(&shallow, "q_proj", false, 0.1), &options, &out, false).contains("blocks"));
     let good = adapter(files.config(), "q_proj", false, 0.1);
-    let bad = MergeOptions { direction_weight: f32::NAN, ..options };
+    let bad = MergeOptions { aim: Aim::Constant(f32::NAN), ..options };
     assert!(fails(&good, &bad, &out, false).contains("at least 0"));
     assert!(!out.exists());
     std::fs::create_dir(&out).unwrap();
@@ -163,4 +163,36 @@ fn what_cannot_be_merged_is_refused() {
     assert!(fails(&good, &options, &out, false).contains("something that exists"));
     assert!(fails(&good, &options, &out, true).contains("a model or an empty folder"));
     assert_eq!(std::fs::read_to_string(out.join("precious.txt")).unwrap(), "keep");
+}
+
+/// With the activations, the outputs of a projection are closer to those of base and adapter than without.
+#[test]
+fn activations_say_which_errors_matter() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = base(folder.path(), Some("q4g32a"), Arrangement::Rows);
+    let adapter = adapter(files.config(), "all-linear", false, 0.02);
+    let decoder = load(&files);
+    let windows: Vec<Vec<u32>> = (0..8).map(|w| (0..48).map(|i| (i * 31 + w * 57 + i * i) % 256).collect()).collect();
+    let inputs = InputMoments::measure(&decoder, &adapter, &windows, &mut |_| {}).unwrap();
+    // The inputs of a projection of the first block, which no rounding has changed.
+    let seen = std::cell::RefCell::new(None);
+    let keep = |p: Projection, x: &Tensor<2>| {
+        if p == Projection::Up {
+            *seen.borrow_mut() = Some(x.clone());
+        }
+    };
+    let block = decoder.store().block(0).unwrap();
+    decoder.run_block(&block, 0, decoder.embed(&[&windows[0]]).unwrap(), Some(&keep));
+    let x = seen.take().unwrap();
+    let lora = adapter.block(0).unwrap().get(Projection::Up);
+    let expected = to_vec(block.linear(Projection::Up).forward(x.clone(), lora)).unwrap();
+    let error = |aim: Aim<'_>| {
+        let options = MergeOptions { format: None, aim };
+        let (_, result) = merge(&files, &adapter, options, &folder.path().join("out"));
+        let block = load(&result).store().block(0).unwrap();
+        distance(&to_vec(block.linear(Projection::Up).forward(x.clone(), None)).unwrap(), &expected)
+    };
+    let (plain, informed) = (error(Aim::Constant(0.0)), error(Aim::Inputs(&inputs)));
+    assert!(informed < plain, "{informed} with activations, {plain} without");
+    assert!(InputMoments::measure(&decoder, &adapter, &[vec![1]], &mut |_| {}).is_err());
 }

@@ -147,7 +147,7 @@ fn merging_through_the_command() {
 
     b.ok("compress -m model --format q4g32a -o small");
     let kept = b.json(&format!("merge -m small --adapter a -o kept {flags}"));
-    assert!((number(&kept, "survived") - 1.0).abs() < 0.1, "{kept}");
+    assert!(number(&kept, "survived") > 0.2 && number(&kept, "survived") < 1.3, "{kept}");
     assert!(number(&kept, "kl") < number(&kept, "base_kl"), "{kept}");
     assert_eq!(b.json("inspect kept")["bits_per_weight"], b.json("inspect small")["bits_per_weight"]);
     let text = b.ok("merge -m small --adapter a -o kept --force --format f32 --context 32 --windows 1");

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use edgellm::eval::{Divergence, adapted_kl_divergence, heldout_loss};
 use edgellm::kernels::Format;
-use edgellm::luc::{MergeOptions, Merged, merge_adapter};
+use edgellm::luc::{Aim, InputMoments, MergeOptions, Merged, merge_adapter};
 use edgellm::model::adapter::Adapter;
 use edgellm::model::data::Example;
 use edgellm::model::decoder::Activations;
@@ -23,6 +23,10 @@ use super::measure::BUILT_IN_TEXT;
 use super::output::bytes;
 use super::progress::Counted;
 use super::{Context, check_output_dir, interrupt};
+
+/// Tokens whose activations are looked at, and how many of them see each other.
+const CALIBRATION_TOKENS: usize = 2048;
+const CALIBRATION_WINDOW: usize = 256;
 
 /// Merge an adapter into its base model
 ///
@@ -42,9 +46,12 @@ pub(crate) struct Merge {
     /// The format of the result: keep (each matrix in its own), f32 (exact), f16, or a format such as q4g32a
     #[arg(long, default_value = "keep", value_name = "FORMAT")]
     format: String,
-    /// How much more than other rounding errors those that would drop the update weigh; 0 for the same
-    #[arg(long, allow_negative_numbers = true, default_value_t = MergeOptions::default().direction_weight, value_name = "C")]
-    update_weight: f32,
+    /// Text, or examples (.jsonl), whose activations say which rounding errors matter (default: a built-in English text)
+    #[arg(long, value_name = "FILE", conflicts_with = "update_weight")]
+    calibrate: Option<PathBuf>,
+    /// Do not look at activations: errors that drop the update weigh this much more than others; 0 for plain rounding
+    #[arg(long, allow_negative_numbers = true, value_name = "C")]
+    update_weight: Option<f32>,
     /// Replace the model if it is there
     #[arg(long)]
     force: bool,
@@ -73,7 +80,7 @@ struct Comparison {
 
 impl Merge {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
-        let options = self.check()?;
+        let format = self.check()?;
         let source = ctx.store.resolve(&self.model)?;
         if same_place(&source, &self.output) {
             return Err(Usage(format!("--output: expected another folder than the model {}", source.display())).into());
@@ -81,6 +88,12 @@ impl Merge {
         let load_options = ctx.device.load_options(Activations::F32)?;
         let files = ModelFiles::open(&source)?;
         let adapter = Adapter::load(&self.adapter, files.config(), &load_options.device)?;
+        let inputs = match (self.update_weight, format.is_none_or(|format| format.bit_width < 16)) {
+            (None, true) => Some(self.inputs(ctx, &load_model(&source, &load_options)?, &adapter)?),
+            _ => None,
+        };
+        let aim = inputs.as_ref().map_or(Aim::Constant(self.update_weight.unwrap_or(0.0)), Aim::Inputs);
+        let options = MergeOptions { format, aim };
         let mut progress = ctx.progress("merge", 0, Counted::Items("tensors"));
         let merged = interrupt::stoppable(|| {
             let on_tensor = &mut |step: edgellm::luc::Progress<'_>| {
@@ -102,11 +115,11 @@ impl Merge {
     }
 
     /// What can be checked before a model is opened.
-    fn check(&self) -> anyhow::Result<MergeOptions> {
+    fn check(&self) -> anyhow::Result<Option<LayerFormat>> {
         self.examples.check(self.data.iter().filter(|path| is_jsonl(path)))?;
         let format = if self.format == "keep" { None } else { Some(parse_merged_format(&self.format)?) };
-        if !self.update_weight.is_finite() || self.update_weight < 0.0 {
-            let text = format!("--update-weight: expected at least 0, found {}", self.update_weight);
+        if let Some(weight) = self.update_weight.filter(|weight| !weight.is_finite() || *weight < 0.0) {
+            let text = format!("--update-weight: expected at least 0, found {weight}");
             return Err(Usage(text).into());
         }
         if self.context < 3 {
@@ -117,10 +130,36 @@ impl Merge {
             let text = format!("{}: --force replaces a model only, and this folder is none", self.output.display());
             return Err(Usage(text).into());
         }
-        if let Some(path) = self.data.as_deref().filter(|path| !path.is_file()) {
-            return Err(Usage(format!("--data: expected a file, found none at {}", path.display())).into());
+        for (flag, path) in [("--data", &self.data), ("--calibrate", &self.calibrate)] {
+            if let Some(path) = path.as_deref().filter(|path| !path.is_file()) {
+                return Err(Usage(format!("{flag}: expected a file, found none at {}", path.display())).into());
+            }
         }
-        Ok(MergeOptions { format, direction_weight: self.update_weight })
+        Ok(format)
+    }
+
+    /// The activations that calibration gives: of the last tokens of its text, so that the built-in one serves for the
+    /// comparison too.
+    fn inputs(&self, ctx: &Context, base: &LoadedModel, adapter: &Adapter) -> anyhow::Result<InputMoments> {
+        let ids = match self.calibrate.as_deref() {
+            Some(path) if is_jsonl(path) => all_ids(&self.examples.read(base, path)?),
+            Some(path) => base.tokenizer.encode(&read_text(path)?, false)?,
+            None => base.tokenizer.encode(BUILT_IN_TEXT, false)?,
+        };
+        let context = CALIBRATION_WINDOW.min(base.decoder.config().max_position_embeddings);
+        let first = ids.len().saturating_sub(CALIBRATION_TOKENS);
+        let windows: Vec<Vec<u32>> = ids[first..].chunks(context).map(<[u32]>::to_vec).collect();
+        let mut progress = ctx.progress("activations", 0, Counted::Items("blocks"));
+        let inputs = interrupt::stoppable(|| {
+            let on_block = &mut |step: edgellm::luc::Progress<'_>| {
+                progress.set_total(step.total as u64);
+                progress.set(step.done as u64);
+                interrupt::checkpoint();
+            };
+            Ok(InputMoments::measure(&base.decoder, adapter, &windows, on_block)?)
+        })?;
+        progress.finish();
+        Ok(inputs)
     }
 
     fn compare(
@@ -135,7 +174,7 @@ impl Merge {
             None => None,
         };
         let ids = match (&examples, &self.data) {
-            (Some(examples), _) => examples.iter().flat_map(|e| e.ids.iter().copied()).collect(),
+            (Some(examples), _) => all_ids(examples),
             (None, Some(path)) => base.tokenizer.encode(&read_text(path)?, false)?,
             (None, None) => base.tokenizer.encode(BUILT_IN_TEXT, false)?,
         };
@@ -236,6 +275,10 @@ fn last_loss(
         Ok(heldout_loss(decoder, adapter, &exits, &[], examples, on_step)?)
     })?;
     Ok(loss.by_exit.first().map_or(f64::NAN, |exit| exit.loss))
+}
+
+fn all_ids(examples: &[Example]) -> Vec<u32> {
+    examples.iter().flat_map(|example| example.ids.iter().copied()).collect()
 }
 
 fn is_jsonl(path: &Path) -> bool {
