@@ -5,6 +5,7 @@ use edgellm_model::adapter::LoraConfig;
 use crate::TuneError;
 use crate::exits::ExitScale;
 use crate::optimizer::{AdamWConfig, LrSchedule};
+use crate::order::Order;
 
 /// Settings of a tuning run.
 #[derive(Clone, Debug)]
@@ -13,6 +14,8 @@ pub struct TuneConfig {
     pub steps: u64,
     /// Examples per step.
     pub batch_size: usize,
+    /// Which examples a step takes.
+    pub order: Order,
     /// Examples that are run at once; a step adds up the gradients of as many parts as it takes.
     pub micro_batch: usize,
     /// What the window keeps of its forward pass.
@@ -55,7 +58,7 @@ pub enum Keep {
 
 impl Keep {
     /// Blocks that keep all activations.
-    pub(crate) fn blocks(self) -> usize {
+    pub fn blocks(self) -> usize {
         match self {
             Keep::All => usize::MAX,
             Keep::Inputs => 0,

@@ -74,6 +74,11 @@ impl StepShape {
         }
     }
 
+    /// Bytes of a fresh adapter.
+    pub fn adapter_bytes(&self) -> u64 {
+        4 * (self.n_blocks as u64 * self.block_parameters + self.exits.len() as u64 * self.hidden)
+    }
+
     /// Bytes of the buffers of steps with so many tokens at once, at most.
     pub fn bytes(&self, window: usize, tokens: usize, keep: Keep) -> u64 {
         let Self { hidden: d, query: q, key: k, feed_forward: f, .. } = *self;

@@ -9,12 +9,14 @@ use edgellm_model::testing::tiny_decoder;
 use edgellm_model::values::Projection;
 use edgellm_tune::exits::{Cyclic, ExitScale, exit_schedule};
 use edgellm_tune::optimizer::{AdamWConfig, LrSchedule};
+use edgellm_tune::order::Order;
 use edgellm_tune::{Keep, Trainer, TuneConfig, TuneError};
 
 fn config(exits: Vec<usize>, window: usize) -> TuneConfig {
     TuneConfig {
         steps: 40,
         batch_size: 2,
+        order: Order::File,
         micro_batch: 2,
         keep: Keep::Last(1),
         exits,
@@ -84,7 +86,7 @@ fn tuning_lowers_the_loss_of_every_exit() {
     let mut trainer = Trainer::new(&decoder, config(exits.clone(), 2), Box::new(Cyclic)).unwrap();
     let mut losses: Vec<(usize, f64)> = Vec::new();
     trainer
-        .run(&data, |report| {
+        .run(&data, |_, report| {
             assert!(!report.skipped);
             losses.push((report.exit, report.loss));
             Ok(true)
@@ -108,7 +110,7 @@ fn calibrated_exits_start_better_than_with_the_final_norm() {
         if calibrated {
             let mut loss = f64::NAN;
             trainer
-                .run(&examples(), |report| {
+                .run(&examples(), |_, report| {
                     loss = report.loss;
                     Ok(false)
                 })
@@ -133,7 +135,7 @@ fn the_same_seed_gives_the_same_bits() {
         let mut trainer = Trainer::new(&decoder, TuneConfig { steps: 6, seed, ..config(exits, 2) }, schedule).unwrap();
         let mut losses = Vec::new();
         trainer
-            .run(&examples(), |report| {
+            .run(&examples(), |_, report| {
                 losses.push(report.loss.to_bits());
                 Ok(true)
             })
@@ -165,7 +167,7 @@ fn a_loss_that_is_not_finite_is_skipped_then_refused() {
     let report = trainer.train_step(&examples()).unwrap();
     assert!(report.skipped);
     assert_eq!(changed_blocks(&before, trainer.adapter()), Vec::<usize>::new());
-    let error = trainer.run(&examples(), |_| Ok(true)).unwrap_err();
+    let error = trainer.run(&examples(), |_, _| Ok(true)).unwrap_err();
     assert!(matches!(error, TuneError::Diverged { steps: 10, step: 9 }), "{error}");
 }
 

@@ -145,6 +145,26 @@ impl CheckpointStore {
         }
     }
 
+    /// Removes all checkpoints, and their folder if it holds nothing else.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn remove_all(&self) -> Result<(), TuneError> {
+        if !self.dir.try_exists().map_err(|e| ModelError::io(&self.dir, e))? {
+            return Ok(());
+        }
+        for (_, path) in folder::checkpoints(&self.dir)? {
+            folder::retire(&path);
+        }
+        for leftover in folder::leftovers(&self.dir)? {
+            remove(&leftover);
+        }
+        if let Err(error) = fs::remove_dir(&self.dir) {
+            tracing::debug!(path = %self.dir.display(), %error, "the folder of the checkpoints stays");
+        }
+        Ok(())
+    }
+
     /// The checkpoints after and before `step`, each from new to old.
     fn split(&self, step: u64) -> Result<(Vec<PathBuf>, Vec<PathBuf>), TuneError> {
         let (mut later, mut earlier) = (Vec::new(), Vec::new());

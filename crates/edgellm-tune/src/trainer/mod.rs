@@ -18,6 +18,7 @@ use edgellm_model::values::Projection;
 use crate::calibrate::calibrate_exit_norms;
 use crate::exits::window;
 use crate::optimizer::AdamW;
+use crate::order::BatchOrder;
 use crate::step::{Engine, Gradients, Place, StageSeconds, engine};
 use crate::{TuneConfig, TuneError};
 
@@ -99,32 +100,33 @@ impl<'a> Trainer<'a> {
 
     /// Runs until the configured number of steps is done or `on_step` says to stop (by returning `false`).
     ///
-    /// Examples are taken in the source's order, again from the start after the last. Before the first step, the norms of
-    /// the early exits are set from the first examples ([`calibrate_exit_norms`]).
+    /// Which examples a step takes depends on the settings and its number alone ([`BatchOrder`]). Before the first step of a
+    /// run, the norms of the early exits are set from the first examples ([`calibrate_exit_norms`]).
     ///
     /// # Errors
     /// See [`Trainer::train_step`]; or an example cannot be read.
     pub fn run(
         &mut self,
         data: &dyn DataSource,
-        mut on_step: impl FnMut(&StepReport) -> Result<bool, TuneError>,
+        mut on_step: impl FnMut(&Self, &StepReport) -> Result<bool, TuneError>,
     ) -> Result<(), TuneError> {
         if data.is_empty() {
             return Err(TuneError::EmptyBatch { step: self.step });
         }
+        let TuneConfig { order, batch_size, seed, .. } = self.config;
+        let lengths: Vec<usize> =
+            (0..data.len()).map(|i| Ok(data.example(i)?.ids.len())).collect::<Result<_, TuneError>>()?;
+        let order = BatchOrder::new(order, &lengths, batch_size, seed)?;
         if self.step == 0 && self.config.exits.len() > 1 {
             let first =
                 (0..data.len().min(CALIBRATION_EXAMPLES)).map(|i| data.example(i)).collect::<Result<Vec<_>, _>>()?;
-            let TuneConfig { exits, batch_size, .. } = &self.config;
-            calibrate_exit_norms(self.decoder, &mut self.adapter, exits, &first, *batch_size)?;
+            calibrate_exit_norms(self.decoder, &mut self.adapter, &self.config.exits, &first, batch_size)?;
         }
         while self.step < self.config.steps {
-            let first = self.step as usize * self.config.batch_size;
-            let examples = (first..first + self.config.batch_size)
-                .map(|index| data.example(index % data.len()))
-                .collect::<Result<Vec<_>, _>>()?;
+            let examples =
+                order.batch(self.step).into_iter().map(|index| data.example(index)).collect::<Result<Vec<_>, _>>()?;
             let report = self.train_step(&examples)?;
-            if !on_step(&report)? {
+            if !on_step(self, &report)? {
                 break;
             }
         }

@@ -142,7 +142,7 @@ impl Merge {
     /// comparison too.
     fn inputs(&self, ctx: &Context, base: &LoadedModel, adapter: &Adapter) -> anyhow::Result<InputMoments> {
         let ids = match self.calibrate.as_deref() {
-            Some(path) if is_jsonl(path) => all_ids(&self.examples.read(base, path)?),
+            Some(path) if is_jsonl(path) => all_ids(&self.examples.read(base, path)?.examples),
             Some(path) => base.tokenizer.encode(&read_text(path)?, false)?,
             None => base.tokenizer.encode(BUILT_IN_TEXT, false)?,
         };

@@ -12,6 +12,7 @@ use edgellm::model::sample::{Sampler, SamplingConfig};
 use edgellm::session::LoadedModel;
 use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule};
+use edgellm::tune::order::Order;
 use edgellm::tune::voters::voter;
 use edgellm::tune::{Keep, Trainer, TuneConfig};
 
@@ -264,6 +265,7 @@ impl<'a> ModelBench<'a> {
         Ok(TuneConfig {
             steps,
             batch_size: step.batch,
+            order: Order::File,
             micro_batch: step.batch,
             keep: if step.recompute { Keep::Inputs } else { Keep::All },
             exits: even_exits(n_blocks, step.exits).map_err(usage)?,
