@@ -35,7 +35,7 @@ fn derivatives_are_those_of_the_loss() {
 /// A model whose exits differ, and responses that its second exit likes.
 fn setting() -> (Decoder, Adapter, Vec<Example>) {
     let decoder = tiny_decoder(5, &Device::flex());
-    let lora = LoraConfig { rank: 2, alpha: 4.0, use_rslora: false, targets: vec![Projection::O] };
+    let lora = LoraConfig { rank: 2, alpha: 4.0, use_rslora: false, targets: vec![Projection::O].into() };
     let mut adapter = Adapter::new(decoder.config(), lora, 7, decoder.device()).unwrap();
     for (exit, scale) in [(2, 3.0), (4, 6.0)] {
         adapter.set_exit_norm(exit, Tensor::ones([64], decoder.device()).mul_scalar(scale));
