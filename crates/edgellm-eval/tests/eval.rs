@@ -2,7 +2,8 @@
 
 use burn::tensor::{Device, Tensor};
 use edgellm_eval::{
-    Accuracy, ChoiceOption, EvalError, Question, heldout_loss, kl_divergence, multiple_choice, perplexity, read_questions,
+    Accuracy, ChoiceOption, EvalError, Question, heldout_loss, kl_divergence, multiple_choice, perplexity,
+    read_questions,
 };
 use edgellm_model::adapter::{Adapter, LoraConfig};
 use edgellm_model::data::Example;

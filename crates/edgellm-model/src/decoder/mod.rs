@@ -14,9 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use edgellm_kernels::{
-    BlockCache, BlockScratch, cross_entropy_head, decoder_block, packed_embedding, rms_norm,
-};
+use edgellm_kernels::{BlockCache, BlockScratch, cross_entropy_head, decoder_block, packed_embedding, rms_norm};
 
 pub use edgellm_kernels::CacheType;
 

@@ -58,7 +58,13 @@ impl States {
     }
 
     /// The logits of exit `index` for tokens `from..to`, `(to - from) x vocab`.
-    pub(super) fn logits(&self, decoder: &Decoder, index: usize, from: usize, to: usize) -> Result<Vec<f32>, TuneError> {
+    pub(super) fn logits(
+        &self,
+        decoder: &Decoder,
+        index: usize,
+        from: usize,
+        to: usize,
+    ) -> Result<Vec<f32>, TuneError> {
         let values = self.exits[index][from * self.d..to * self.d].to_vec();
         let states = Tensor::from_data(TensorData::new(values, [to - from, self.d]), decoder.device());
         Ok(to_vec(decoder.logits(states))?)

@@ -122,6 +122,12 @@ impl Vote {
 
     fn report(&self, ctx: &Context, outcome: &Outcome) -> anyhow::Result<()> {
         let Outcome { fit, heldout, calibrated, votes, seconds: took } = outcome;
+        let best_exit = heldout.by_exit.iter().map(|e| e.loss).fold(f64::INFINITY, f64::min);
+        let weighted = votes.iter().find(|(name, _)| *name == "weighted").map_or(f64::NAN, |(_, loss)| *loss);
+        let beats_every_exit = weighted < best_exit;
+        if !beats_every_exit {
+            ctx.say("note: on the held-out part the weighted vote is no better than the best exit alone");
+        }
         let by_exit = heldout.by_exit.iter().zip(calibrated).zip(&fit.vote.exits).map(|((loss, calibrated), vote)| {
             json!({
                 "exit": loss.exit, "loss": loss.loss, "calibrated_loss": calibrated,
@@ -133,7 +139,7 @@ impl Vote {
             "fit_passes": fit.passes, "heldout_tokens": heldout.tokens,
             "by_exit": by_exit.collect::<Vec<_>>(),
             "votes": votes.iter().map(|(name, loss)| ((*name).to_string(), json!(loss))).collect::<Map<_, _>>(),
-            "seconds": took, "peak_rss_bytes": peak_rss_bytes(),
+            "beats_every_exit": beats_every_exit, "seconds": took, "peak_rss_bytes": peak_rss_bytes(),
         });
         ctx.result(json, || {
             let number = |value: f64| format!("{value:.4}");
