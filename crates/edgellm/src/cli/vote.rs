@@ -136,7 +136,7 @@ impl Vote {
         });
         let json = json!({
             "path": self.adapter.join(VOTE_FILE), "fit_tokens": fit.vote.tokens, "fit_loss": fit.loss,
-            "fit_passes": fit.passes, "heldout_tokens": heldout.tokens,
+            "fit_passes": fit.passes, "confidence": fit.confidence, "heldout_tokens": heldout.tokens,
             "by_exit": by_exit.collect::<Vec<_>>(),
             "votes": votes.iter().map(|(name, loss)| ((*name).to_string(), json!(loss))).collect::<Map<_, _>>(),
             "beats_every_exit": beats_every_exit, "seconds": took, "peak_rss_bytes": peak_rss_bytes(),
@@ -180,8 +180,11 @@ fn split(examples: Vec<Example>, tokens: usize) -> (Vec<Example>, Vec<Example>) 
     (train, held_out)
 }
 
+/// Votes that are made for one adapter.
+type Voters = Vec<Box<dyn Voter>>;
+
 /// All votes, and each exit at its temperature.
-fn contestants(vote: &VoteWeights) -> anyhow::Result<(Vec<Box<dyn Voter>>, Vec<Pool>)> {
+fn contestants(vote: &VoteWeights) -> anyhow::Result<(Voters, Vec<Pool>)> {
     let names = VOTERS.map(|v| v.name()).into_iter().chain(FITTED_VOTERS);
     let voters = names.map(|name| fitted_voter(name, Some(vote))).collect::<Result<_, _>>()?;
     let temperatures = vote.temperatures();
