@@ -53,9 +53,30 @@ fn from_a_model_to_a_smaller_one_that_was_tuned() {
     let adapter = b.json("inspect adapter");
     assert_eq!((&adapter["exits"], &adapter["blocks"]), (&serde_json::json!([2, 4]), &4.into()));
 
+    let fit = "vote -m small --adapter adapter";
+    assert!(b.fails("run -m small --adapter adapter --vote weighted -p Hello", 2).contains("edgellm vote --fit"));
+    assert!(b.fails(fit, 2).contains("no vote was fitted"));
+    assert!(b.fails("run -m small --vote weighted -p Hello", 2).contains("--adapter"));
+    let fitted = b.json(&format!("{fit} --fit --data train.jsonl --max-len 64"));
+    let votes = fitted["votes"].as_object().unwrap();
+    assert_eq!(votes.len(), 8);
+    assert_eq!(number(&fitted["votes"], "last"), number(&fitted["by_exit"][1], "loss"));
+    let shown = b.json(fit);
+    assert_eq!(shown["exits"][1]["weight"], fitted["by_exit"][1]["weight"]);
+    let both = b.json("eval -m small --adapter adapter --data heldout.jsonl --max-len 64 --vote mean,weighted,max");
+    assert_eq!(both["votes"]["mean"], mean["heldout_loss"]);
+    assert!(number(&both["votes"], "weighted") > 0.0 && number(&both["votes"], "max") > 0.0);
+    let lines = "{\"context\": \"It is\", \"choices\": [\"12, 12.\", \"a dog.\", \"x\"], \"answer\": 0}\n".repeat(3);
+    std::fs::write(b.path("questions.jsonl"), lines).unwrap();
+    let questions = "eval -m small --adapter adapter --multiple-choice questions.jsonl --limit 2 --vote weighted,last";
+    let choice = &b.json(questions)["multiple_choice"];
+    assert_eq!(number(choice, "questions"), 2.0);
+    assert_eq!(choice["votes"]["last"], choice["by_exit"][1]);
+    assert!([0.0, 1.0].contains(&number(&choice["votes"]["weighted"], "acc")), "the same question twice: {choice}");
+
     let base = b.json("run -m small -p Hello -n 8");
     assert_eq!(base["token_ids"].as_array().unwrap().len(), 8);
-    for vote in ["last", "max", "mean", "renorm-max"] {
+    for vote in ["last", "max", "mean", "renorm-max", "weighted", "calibrated-max"] {
         let with = b.json(&format!("run -m small --adapter adapter --vote {vote} -p Hello -n 8"));
         assert_eq!(with["prompt_tokens"], base["prompt_tokens"]);
     }

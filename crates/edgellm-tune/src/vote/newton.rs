@@ -103,7 +103,7 @@ fn solve(mut a: Vec<f64>, b: &[f64], least: f64) -> Option<Vec<f64>> {
             let sum: f64 = (0..j).map(|k| a[i * n + k] * a[j * n + k]).sum();
             let rest = a[i * n + j] - sum;
             a[i * n + j] = if i == j {
-                if !(rest > least) {
+                if rest <= least || rest.is_nan() {
                     return None;
                 }
                 rest.sqrt()

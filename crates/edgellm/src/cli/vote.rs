@@ -123,6 +123,12 @@ impl Vote {
 
     fn report(&self, ctx: &Context, outcome: &Outcome) -> anyhow::Result<()> {
         let Outcome { fit, heldout, calibrated, votes, seconds: took } = outcome;
+        let best_exit = heldout.by_exit.iter().map(|e| e.loss).fold(f64::INFINITY, f64::min);
+        let weighted = votes.iter().find(|(name, _)| *name == "weighted").map_or(f64::NAN, |(_, loss)| *loss);
+        let beats_every_exit = weighted < best_exit;
+        if !beats_every_exit {
+            ctx.say("note: on the held-out part the weighted vote is no better than the best exit alone");
+        }
         let by_exit = heldout.by_exit.iter().zip(calibrated).zip(&fit.vote.exits).map(|((loss, calibrated), vote)| {
             json!({
                 "exit": loss.exit, "loss": loss.loss, "calibrated_loss": calibrated,
@@ -131,10 +137,10 @@ impl Vote {
         });
         let json = json!({
             "path": self.adapter.join(VOTE_FILE), "fit_tokens": fit.vote.tokens, "fit_loss": fit.loss,
-            "fit_passes": fit.passes, "heldout_tokens": heldout.tokens,
+            "fit_passes": fit.passes, "confidence": fit.confidence, "heldout_tokens": heldout.tokens,
             "by_exit": by_exit.collect::<Vec<_>>(),
             "votes": votes.iter().map(|(name, loss)| ((*name).to_string(), json!(loss))).collect::<Map<_, _>>(),
-            "seconds": took, "peak_rss_bytes": peak_rss_bytes(),
+            "beats_every_exit": beats_every_exit, "seconds": took, "peak_rss_bytes": peak_rss_bytes(),
         });
         ctx.result(json, || {
             let number = |value: f64| format!("{value:.4}");
@@ -175,8 +181,11 @@ fn split(examples: Vec<Example>, tokens: usize) -> (Vec<Example>, Vec<Example>) 
     (train, held_out)
 }
 
+/// Votes that are made for one adapter.
+type Voters = Vec<Box<dyn Voter>>;
+
 /// All votes, and each exit at its temperature.
-fn contestants(vote: &VoteWeights) -> anyhow::Result<(Vec<Box<dyn Voter>>, Vec<Pool>)> {
+fn contestants(vote: &VoteWeights) -> anyhow::Result<(Voters, Vec<Pool>)> {
     let names = VOTERS.map(|v| v.name()).into_iter().chain(FITTED_VOTERS);
     let voters = names.map(|name| fitted_voter(name, Some(vote))).collect::<Result<_, _>>()?;
     let temperatures = vote.temperatures();
