@@ -10,6 +10,7 @@ mod calibrate;
 mod error;
 pub mod exits;
 pub mod full;
+pub mod lens;
 pub mod optimizer;
 mod trainer;
 pub mod voters;

@@ -11,9 +11,10 @@ use burn::tensor::Tensor;
 use super::cache::BlockCache;
 use super::exp::exp;
 use super::integer::{Product, multiply};
+use super::low_rank::low_rank;
 use super::pointwise::{inverse_rms, sigmoid};
 use super::{Float, Packed, TASK, dense, linear, slice};
-use crate::arch::matmul::{ColumnsMut, MatRef};
+use crate::arch::matmul::ColumnsMut;
 use crate::arch::pool::{for_each_mut, threads};
 use crate::arch::{Attend, Kernel, Part, Tokens8, vectorized};
 use crate::matrix::{Lora, PackedMatrix};
@@ -232,12 +233,7 @@ impl<'a> Linear<'a> {
         if let Some((a, b, scaling)) = &self.lora {
             let (rows, cols) = (self.rows(), self.cols());
             let (a, b) = (slice::<f32>(a), slice::<f32>(b));
-            let (tokens, rank) = (x.len() / cols, a.len() / cols);
-            let mut down = vec![0.0; tokens * rank];
-            let (x, a) = (MatRef::new(x, tokens, cols, cols), MatRef::new(a, rank, cols, cols));
-            ColumnsMut::whole(&mut down, tokens, rank, rank).product(x, a.t(), *scaling, false);
-            let (down, b) = (MatRef::new(&down, tokens, rank, rank), MatRef::new(b, rows, rank, rank));
-            ColumnsMut::whole(out, tokens, rows, rows).product(down, b.t(), 1.0, true);
+            low_rank(x, cols, a, b, rows, *scaling, out);
         }
     }
 }

@@ -10,6 +10,7 @@ mod exp;
 mod head;
 mod integer;
 mod linear;
+mod low_rank;
 mod pointwise;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};

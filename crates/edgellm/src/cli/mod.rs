@@ -5,6 +5,7 @@ mod bench;
 mod compress;
 mod data;
 mod devices;
+mod draft;
 mod environment;
 mod eval;
 mod failure;
@@ -19,6 +20,8 @@ mod progress;
 mod prompt;
 mod pull;
 mod run;
+mod speculate;
+mod speculation;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -83,8 +86,10 @@ enum Command {
     Plan(plan::Plan),
     Compress(compress::Compress),
     Adapt(adapt::Adapt),
+    Draft(draft::Draft),
     Eval(eval::Eval),
     Run(run::Run),
+    Speculate(speculate::Speculate),
     Bench(bench::Bench),
 }
 
@@ -250,8 +255,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Plan(command) => command.run(&ctx).map(success),
         Command::Compress(command) => command.run(&ctx).map(success),
         Command::Adapt(command) => command.run(&ctx),
+        Command::Draft(command) => command.run(&ctx).map(success),
         Command::Eval(command) => command.run(&ctx).map(success),
         Command::Run(command) => command.run(&ctx).map(success),
+        Command::Speculate(command) => command.run(&ctx).map(success),
         Command::Bench(command) => command.run(&ctx).map(success),
     }
 }
