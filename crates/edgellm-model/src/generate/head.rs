@@ -10,7 +10,7 @@
 //! section 3) with the last state beside it, as in EAGLE (Li et al., ICML 2024); for drafts after drafts the lens's own
 //! `z` takes the place of the last state.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use edgellm_kernels::{Arrangement, rms_norm};
 
 use crate::ModelError;
@@ -69,7 +69,7 @@ enum Reader {
     /// A norm of the exit's own.
     Norm(Tensor<1>),
     /// A lens, `[d, 2 d]`, behind a norm of ones.
-    Lens(Linear, Tensor<1>),
+    Lens(Box<Linear>, Tensor<1>),
 }
 
 /// An early exit with its cheap head.
@@ -126,14 +126,7 @@ impl DraftHead {
         }
         let ones = Tensor::ones([d], decoder.device());
         let eps = decoder.config().rms_norm_eps;
-        Ok(Self { exit, reader: Reader::Lens(lens, ones), shortlist, eps, temperature })
-    }
-
-    /// The same head with scores divided by `temperature` before their softmax.
-    #[must_use]
-    pub fn with_temperature(mut self, temperature: f32) -> Self {
-        self.temperature = temperature;
-        self
+        Ok(Self { exit, reader: Reader::Lens(Box::new(lens), ones), shortlist, eps, temperature })
     }
 
     /// Blocks below the exit.
@@ -175,13 +168,6 @@ impl DraftHead {
             scores.iter_mut().for_each(|score| *score /= self.temperature);
         }
         Ok(scores)
-    }
-
-    /// The device of the weights.
-    pub fn device(&self) -> Device {
-        match &self.reader {
-            Reader::Norm(norm) | Reader::Lens(_, norm) => norm.device(),
-        }
     }
 }
 

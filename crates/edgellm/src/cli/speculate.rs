@@ -160,7 +160,8 @@ impl Speculate {
             let spent = cpu.zip(cpu_ns()).map_or(0, |(before, after)| after.saturating_sub(before));
             way.cpu.push(spent as f64 * 1e-9);
         } else {
-            (way.wall.push(0.0), way.cpu.push(0.0));
+            way.wall.push(0.0);
+            way.cpu.push(0.0);
         }
         way.answers.push(answer);
         Ok(())

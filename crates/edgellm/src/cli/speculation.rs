@@ -87,14 +87,14 @@ impl Faster {
     pub(crate) fn apply<'a>(&self, generator: Generator<'a>, drafters: &'a Drafters) -> anyhow::Result<Generator<'a>> {
         if let Some(threshold) = self.confident_exit {
             let heads = drafters.heads.iter().collect();
-            return Ok(generator.with_confident_exit(ConfidentExit { heads, threshold }).map_err(usage)?);
+            return generator.with_confident_exit(ConfidentExit { heads, threshold }).map_err(usage);
         }
         if self.speculate.is_none() {
             return Ok(generator);
         }
         let (head, store) = (drafters.heads.first(), drafters.store.as_ref());
         let speculation = Speculation { head, store, max_draft: self.draft, ..Speculation::default() };
-        Ok(generator.with_speculation(speculation).map_err(usage)?)
+        generator.with_speculation(speculation).map_err(usage)
     }
 
     /// What the exits did, in words.
