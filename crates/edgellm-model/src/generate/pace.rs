@@ -16,8 +16,9 @@ const CONFIDENCES: usize = 8;
 const SOURCES: usize = 2 * LONGEST + CONFIDENCES;
 /// Drafts that a prior counts for.
 const PRIOR_WEIGHT: f64 = 12.0;
-/// How much a new time changes what is expected.
-const TIME_WEIGHT: f64 = 0.1;
+/// How much a new time changes what is expected, if it is shorter and if it is longer: other programs make passes longer,
+/// nothing makes them shorter.
+const TIME_WEIGHTS: (f64, f64) = (0.3, 0.05);
 /// Times of passes over 1 to 8 tokens, relative to one, until they are measured.
 const TIMES: [f64; MAX_BATCH] = [1.0, 1.1, 1.2, 1.25, 1.4, 1.5, 1.55, 1.6];
 
@@ -79,7 +80,8 @@ impl Times {
         let Some(slot) = self.0.get_mut(tokens - 1) else { return };
         *slot = Some(match *slot {
             // A pause of the machine says nothing of the pass.
-            Some(old) => old + TIME_WEIGHT * (seconds.min(3.0 * old) - old),
+            Some(old) if seconds < old => old + TIME_WEIGHTS.0 * (seconds - old),
+            Some(old) => old + TIME_WEIGHTS.1 * (seconds.min(3.0 * old) - old),
             None => seconds,
         });
     }
