@@ -14,6 +14,7 @@ pub mod control;
 mod error;
 pub mod exits;
 pub mod full;
+pub mod lens;
 pub mod memory;
 pub mod optimizer;
 pub mod order;

@@ -485,16 +485,16 @@ unsafe fn dot_as<L: Lanes, C: Codec>(job: Job, x: &Tokens, out: &mut [f32]) {
             // SAFETY: `x` holds `left` padded tokens.
             unsafe {
                 if left >= 8 {
-                    out[t..t + 8].copy_from_slice(&dot_tokens::<L, C, 8, 1>(&bytes, job.blocks.end, &scales, x));
+                    out[t..t + 8].copy_from_slice(&dot_tokens::<L, C, 8>(&bytes, job.blocks.end, &scales, x));
                     t += 8;
                 } else if left >= 4 {
-                    out[t..t + 4].copy_from_slice(&dot_tokens::<L, C, 4, 1>(&bytes, job.blocks.end, &scales, x));
+                    out[t..t + 4].copy_from_slice(&dot_tokens::<L, C, 4>(&bytes, job.blocks.end, &scales, x));
                     t += 4;
                 } else if left >= 2 {
-                    out[t..t + 2].copy_from_slice(&dot_tokens::<L, C, 2, 2>(&bytes, job.blocks.end, &scales, x));
+                    out[t..t + 2].copy_from_slice(&dot_tokens::<L, C, 2>(&bytes, job.blocks.end, &scales, x));
                     t += 2;
                 } else {
-                    out[t..t + 1].copy_from_slice(&dot_tokens::<L, C, 1, 4>(&bytes, job.blocks.end, &scales, x));
+                    out[t..t + 1].copy_from_slice(&dot_tokens::<L, C, 1>(&bytes, job.blocks.end, &scales, x));
                     t += 1;
                 }
             }
@@ -502,12 +502,16 @@ unsafe fn dot_as<L: Lanes, C: Codec>(job: Job, x: &Tokens, out: &mut [f32]) {
     }
 }
 
-/// Dots a row with `T` tokens, with `A` accumulators each, so that additions do not wait for one another.
+/// Sums of a token that are under way at once. The same for every number of tokens, so that a token's products do not
+/// depend on which tokens it is run with.
+const SUMS: usize = 2;
+
+/// Dots a row with `T` tokens, with [`SUMS`] accumulators each, so that additions do not wait for one another.
 ///
 /// # Safety
 /// `x` holds `T` tokens of `blocks * 32` floats each, the scales are those of the row, and that of [`Lanes`].
 #[inline(always)]
-unsafe fn dot_tokens<L: Lanes, C: Codec, const T: usize, const A: usize>(
+unsafe fn dot_tokens<L: Lanes, C: Codec, const T: usize>(
     bytes: &RowBytes,
     blocks: usize,
     scales: &Scales,
@@ -518,14 +522,14 @@ unsafe fn dot_tokens<L: Lanes, C: Codec, const T: usize, const A: usize>(
     let mut stack = [0; 4 * BLOCK + OVERREAD];
     // SAFETY: lengths are checked above and by `block`; the columns lie in the blocks of the scales.
     unsafe {
-        let mut sums = [[L::splat(0.0); A]; T];
+        let mut sums = [[L::splat(0.0); SUMS]; T];
         for block in 0..blocks {
             let p = bytes.block::<C>(block, &mut stack);
             for unit in 0..BLOCK / L::N {
                 let col = block * BLOCK + unit * L::N;
                 let w = weights::<L, C>(p, unit, col, scales);
                 for (t, sums) in sums.iter_mut().enumerate() {
-                    let sum = &mut sums[unit % A];
+                    let sum = &mut sums[unit % SUMS];
                     *sum = L::fma(w, L::load(x.as_ptr().add(t * stride + col)), *sum);
                 }
             }

@@ -5,6 +5,7 @@ mod bench;
 mod compress;
 mod data;
 mod devices;
+mod draft;
 mod environment;
 mod eval;
 mod failure;
@@ -21,6 +22,8 @@ mod prompt;
 mod pull;
 mod run;
 mod run_adapters;
+mod speculate;
+mod speculation;
 mod vote;
 
 use std::path::{Path, PathBuf};
@@ -86,10 +89,12 @@ enum Command {
     Plan(plan::Plan),
     Compress(compress::Compress),
     Adapt(adapt::Adapt),
+    Draft(draft::Draft),
     Merge(merge::Merge),
     Vote(vote::Vote),
     Eval(eval::Eval),
     Run(run::Run),
+    Speculate(speculate::Speculate),
     Bench(bench::Bench),
 }
 
@@ -255,10 +260,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Plan(command) => command.run(&ctx).map(success),
         Command::Compress(command) => command.run(&ctx).map(success),
         Command::Adapt(command) => command.run(&ctx),
+        Command::Draft(command) => command.run(&ctx).map(success),
         Command::Merge(command) => command.run(&ctx).map(success),
         Command::Vote(command) => command.run(&ctx).map(success),
         Command::Eval(command) => command.run(&ctx).map(success),
         Command::Run(command) => command.run(&ctx).map(success),
+        Command::Speculate(command) => command.run(&ctx).map(success),
         Command::Bench(command) => command.run(&ctx).map(success),
     }
 }

@@ -22,6 +22,7 @@ use super::failure::{Interrupted, Usage, usage};
 use super::output::{print, seconds};
 use super::prompt::{encode_prompt, read_messages, render};
 use super::run_adapters::{self, AdapterArgs, Line, Votes};
+use super::speculation::{Drafters, Faster};
 use super::{Context, check_output_file, interrupt, logits, vote};
 
 /// Exits that vote where no adapter says which.
@@ -69,6 +70,8 @@ pub(crate) struct Run {
     /// How keys and values of earlier tokens are kept on the CPU: f16, int8 or f32
     #[arg(long, default_value = "f16", value_name = "TYPE")]
     kv_cache: CacheType,
+    #[command(flatten)]
+    faster: Faster,
     /// Write the logits of every position of the prompt
     #[arg(long, value_name = "OUT.safetensors", conflicts_with = "chat")]
     dump_logits: Option<PathBuf>,
@@ -163,7 +166,18 @@ impl Run {
         if vote.needs_all_exits() && adapter.is_none_or(|a| a.exits().is_empty()) {
             ctx.say("note: without an adapter the early exits are untrained; their vote is poor");
         }
-        let mut speaker = Speaker { ctx, model: &model, adapter, vote, exits, n: self.n, kv_cache: self.kv_cache };
+        let drafters = self.faster.load(&model.decoder, adapter)?;
+        let mut speaker = Speaker {
+            ctx,
+            faster: &self.faster,
+            drafters: &drafters,
+            model: &model,
+            adapter,
+            vote,
+            exits,
+            n: self.n,
+            kv_cache: self.kv_cache,
+        };
         if self.chat {
             return self.converse(&mut speaker, &votes, &mut sampler);
         }
@@ -175,8 +189,13 @@ impl Run {
         let mut generator = speaker.generator()?;
         let answer = speaker.answer(&mut generator, &ids, ids.len(), &mut sampler)?;
         speaker.end_of_answer(&answer)?;
+        if let Some(text) = Faster::summary(&generator) {
+            ctx.say(&text);
+        }
         if ctx.json {
-            ctx.result(answer.json(), String::new)?;
+            let mut json = answer.json();
+            json["early_exits"] = Faster::json(&generator);
+            ctx.result(json, String::new)?;
         }
         if interrupt::requested() {
             return Err(Interrupted("stopped by a signal".into()).into());
@@ -250,6 +269,10 @@ impl Run {
             if line.trim().is_empty() {
                 continue;
             }
+            if line.starts_with("/adapter ") && !speaker.drafters.heads.is_empty() {
+                ctx.say("error: the exit that drafts belongs to this adapter; start again to change it");
+                continue;
+            }
             match run_adapters::command(ctx, &line, &model.adapters, &mut adapter) {
                 Line::Message => {}
                 Line::Done => continue,
@@ -310,6 +333,8 @@ pub(crate) fn exits(adapter: Option<&Adapter>, n_blocks: usize) -> Result<Vec<us
 /// What produces answers: a model with its adapter and vote.
 struct Speaker<'a> {
     ctx: &'a Context,
+    faster: &'a Faster,
+    drafters: &'a Drafters,
     model: &'a LoadedModel,
     adapter: Option<&'a Adapter>,
     vote: &'a dyn Voter,
@@ -321,7 +346,7 @@ struct Speaker<'a> {
 impl<'a> Speaker<'a> {
     fn generator(&self) -> anyhow::Result<Generator<'a>> {
         let generator = Generator::new(&self.model.decoder, self.adapter, self.vote, &self.exits)?;
-        Ok(generator.with_cache_type(self.kv_cache))
+        self.faster.apply(generator.with_cache_type(self.kv_cache), self.drafters)
     }
 
     /// Tokens that an answer to `prompt` tokens may have.

@@ -12,7 +12,7 @@ use crate::panels::Panels;
 /// How far ahead codes are fetched.
 const AHEAD: usize = 4096;
 /// Most tokens for which codes are unpacked in registers.
-const FEW: usize = 4;
+const FEW: usize = 8;
 /// Rows of a block of the backward pass.
 const PAIR: usize = 2;
 

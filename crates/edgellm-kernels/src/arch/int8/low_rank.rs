@@ -18,6 +18,8 @@ pub(crate) enum LowRank<'a> {
     Down { x: &'a [f32], m: &'a [f32], rank: usize, factor: f32, out: &'a mut [f32] },
     /// `out[t, i] += sum_j u[t, j] m[j, i]`.
     Up { u: &'a [f32], m: &'a [f32], rank: usize, out: &'a mut [f32] },
+    /// The same with `b` `[n, rank]`, the transpose of `m`, for few tokens; sums have the same order.
+    UpFew { u: &'a [f32], b: &'a [f32], rank: usize, out: &'a mut [f32] },
     /// `out[j, i] += sum_t u[t, j] x[t, first + i]`, with `x` of `width` columns.
     Outer { u: &'a [f32], x: &'a [f32], rank: usize, width: usize, first: usize, out: &'a mut [f32] },
 }
@@ -31,7 +33,7 @@ impl LowRank<'_> {
                 let n = m.len() / rank;
                 assert!(*rank > 0 && m.len() == n * rank && x.len() == out.len() / rank * n && out.len() % rank == 0);
             }
-            LowRank::Up { u, m, rank, out } => {
+            LowRank::Up { u, m, rank, out } | LowRank::UpFew { u, b: m, rank, out } => {
                 let n = m.len() / rank;
                 assert!(*rank > 0 && m.len() == n * rank && out.len() == u.len() / rank * n && u.len() % rank == 0);
             }
@@ -55,6 +57,7 @@ pub(super) unsafe fn low_rank<L: Vector>(job: &mut LowRank<'_>) {
             LowRank::Down { x, m, rank, factor, out } => down::<L, 1>(x, m, *rank, *factor, out),
             LowRank::Up { u, m, rank, out } if L::TILE >= 12 => up::<L, 4>(u, m, *rank, out),
             LowRank::Up { u, m, rank, out } => up::<L, 2>(u, m, *rank, out),
+            LowRank::UpFew { u, b, rank, out } => up_few::<L>(u, b, *rank, out),
             LowRank::Outer { u, x, rank, width, first, out } => outer::<L>(u, x, *rank, *width, *first, out),
         }
     }
@@ -182,7 +185,20 @@ unsafe fn up_tile<L: Vector, const T: usize>(u: &[f32], m: &[f32], rank: usize, 
     }
     for t in 0..T {
         for i in i..n {
-            out[t * n + i] += (0..rank).map(|j| u[t * rank + j] * m[j * n + i]).sum::<f32>();
+            for j in 0..rank {
+                out[t * n + i] = L::fma_one(m[j * n + i], u[t * rank + j], out[t * n + i]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn up_few<L: Vector>(u: &[f32], b: &[f32], rank: usize, out: &mut [f32]) {
+    for (u, out) in u.chunks_exact(rank).zip(out.chunks_exact_mut(b.len() / rank)) {
+        for (out, b) in out.iter_mut().zip(b.chunks_exact(rank)) {
+            for (b, u) in b.iter().zip(u) {
+                *out = L::fma_one(*b, *u, *out);
+            }
         }
     }
 }

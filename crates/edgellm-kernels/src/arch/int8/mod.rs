@@ -243,4 +243,9 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn largest(v: Self::F) -> f32;
     /// `a * b + c`.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// The same of one lane, rounded in the same way.
+    #[inline(always)]
+    fn fma_one(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
 }

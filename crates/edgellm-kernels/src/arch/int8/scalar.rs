@@ -198,4 +198,7 @@ unsafe impl Vector for Scalar {
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         from_fn(|i| a[i] * b[i] + c[i])
     }
+    fn fma_one(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
 }

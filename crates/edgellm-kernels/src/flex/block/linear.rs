@@ -68,7 +68,7 @@ impl<'a> Linear<'a> {
             let (mut low, b) = (Vec::new(), slice::<f32>(b));
             down(kernel, x, slice::<f32>(a), *rank, *scaling, &mut low);
             if low.len() < FEW * rank {
-                up_few(&low, b, *rank, out);
+                up_few(kernel, &low, b, *rank, out);
             } else {
                 up(kernel, &low, &transposed(b, self.rows(), *rank), *rank, out);
             }

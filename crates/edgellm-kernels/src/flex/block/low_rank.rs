@@ -1,4 +1,6 @@
 //! Low-rank updates on slices, on several threads.
+//!
+//! What a token gets does not depend on the tokens that it is run with: every sum has one order.
 
 use crate::arch::pool::{for_each_mut, threads};
 use crate::arch::{Kernel, LowRank};
@@ -21,13 +23,9 @@ pub(super) fn up(kernel: Kernel, u: &[f32], m: &[f32], rank: usize, out: &mut [f
     for_each_mut(&mut items, |_, (u, out)| LowRank::Up { u, m, rank, out }.run(kernel));
 }
 
-/// `out[t, i] += sum_j u[t, j] b[i, j]`, with `b` `[n, rank]`, for a few tokens.
-pub(super) fn up_few(u: &[f32], b: &[f32], rank: usize, out: &mut [f32]) {
-    for (u, out) in u.chunks_exact(rank).zip(out.chunks_exact_mut(b.len() / rank)) {
-        for (out, b) in out.iter_mut().zip(b.chunks_exact(rank)) {
-            *out += b.iter().zip(u).map(|(b, u)| b * u).sum::<f32>();
-        }
-    }
+/// `out[t, i] += sum_j u[t, j] b[i, j]`, with `b` `[n, rank]`, for a few tokens; added in the order of [`up`].
+pub(super) fn up_few(kernel: Kernel, u: &[f32], b: &[f32], rank: usize, out: &mut [f32]) {
+    LowRank::UpFew { u, b, rank, out }.run(kernel);
 }
 
 /// `out[j, i] += sum_t u[t, j] x[t, i]`, with `x` `[tokens, n]`. Every sum has one order, whatever the threads.
@@ -66,4 +64,35 @@ pub(super) fn transposed(m: &[f32], rows: usize, cols: usize) -> Vec<f32> {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, seed: f32) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * 0.37 + seed).sin()).collect()
+    }
+
+    #[test]
+    fn a_token_does_not_depend_on_its_company() {
+        let kernel = Kernel::active();
+        for (cols, rows, rank) in [(576, 192, 8), (48, 37, 5), (33, 16, 16)] {
+            let (x, a, b) = (values(12 * cols, 0.1), values(rank * cols, 0.2), values(rows * rank, 0.3));
+            let run = |tokens: usize, few: bool| {
+                let (mut u, mut out) = (Vec::new(), values(tokens * rows, 0.4));
+                down(kernel, &x[..tokens * cols], &a, rank, 0.5, &mut u);
+                match few {
+                    true => up_few(kernel, &u, &b, rank, &mut out),
+                    false => up(kernel, &u, &transposed(&b, rows, rank), rank, &mut out),
+                }
+                out
+            };
+            let all = run(12, false);
+            for tokens in 1..12 {
+                assert_eq!(run(tokens, false)[..], all[..tokens * rows], "{tokens} tokens");
+                assert_eq!(run(tokens, true)[..], all[..tokens * rows], "{tokens} tokens, few");
+            }
+        }
+    }
 }

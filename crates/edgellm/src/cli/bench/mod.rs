@@ -9,6 +9,9 @@ mod report;
 mod stats;
 mod threads;
 
+pub(crate) use self::process::cpu_ns;
+pub(crate) use self::stats::median;
+
 use std::collections::BTreeSet;
 
 use clap::{Args, ValueEnum};
