@@ -16,8 +16,8 @@ pub struct TuneConfig {
     pub batch_size: usize,
     /// Which examples a step takes.
     pub order: Order,
-    /// Examples that are run at once; a step adds up the gradients of as many parts as it takes.
-    pub micro_batch: usize,
+    /// Tokens that are run at once, unless an example has more; a step adds up the gradients of as many parts as it takes.
+    pub micro_tokens: usize,
     /// What the window keeps of its forward pass.
     pub keep: Keep,
     /// Exits, as numbers of blocks, ascending; the last is the whole model.
@@ -44,6 +44,10 @@ pub struct TuneConfig {
     /// Seed of the adapter's start.
     pub seed: u64,
 }
+
+/// Tokens that are run at once if nothing else is asked for: enough to use a weight often, few enough that a block's
+/// activations stay in the processor's caches.
+pub const MICRO_TOKENS: usize = 512;
 
 /// What a window keeps of its forward pass for the backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +81,7 @@ impl TuneConfig {
             return bad("exits", expected, format!("{:?}", self.exits));
         }
         for (what, value) in
-            [("window", self.window), ("batch size", self.batch_size), ("micro-batch", self.micro_batch)]
+            [("window", self.window), ("batch size", self.batch_size), ("tokens at once", self.micro_tokens)]
         {
             if value == 0 {
                 return bad(what, "at least 1".into(), "0".into());

@@ -24,7 +24,7 @@ pub mod vote;
 pub mod voters;
 
 pub use calibrate::calibrate_exit_norms;
-pub use config::{Keep, TuneConfig};
+pub use config::{Keep, MICRO_TOKENS, TuneConfig};
 pub use error::TuneError;
 pub use step::StageSeconds;
 pub use trainer::{StepReport, Trainer};

@@ -1,4 +1,4 @@
-//! What a tuning step needs in memory, and the choice of micro-batch, kept activations and window for a budget.
+//! What a tuning step needs in memory, and the choice of tokens at once, kept activations and window for a budget.
 //!
 //! The sizes are those of the buffers of the CPU's step (`step/slices.rs` and the blocks on slices below it); with `T` tokens
 //! in a micro-batch, hidden size `d`, `q` query, `k` key and `f` feed-forward dimensions, vocabulary `V`, in `f32` values:
@@ -23,7 +23,7 @@ use edgellm_model::decoder::HEAD_CHUNK;
 
 use crate::exits::window;
 use crate::optimizer::StateType;
-use crate::{Keep, TuneConfig, TuneError};
+use crate::{Keep, MICRO_TOKENS, TuneConfig, TuneError};
 
 /// Sizes that the memory of a step depends on.
 #[derive(Clone, Debug)]
@@ -47,8 +47,8 @@ pub struct StepShape {
 pub struct MemoryPlan {
     /// Blocks that a step trains.
     pub window: usize,
-    /// Examples that are run at once.
-    pub micro_batch: usize,
+    /// Tokens that are run at once.
+    pub micro_tokens: usize,
     /// What the window keeps.
     pub keep: Keep,
     /// Bytes of the step's buffers.
@@ -117,11 +117,12 @@ impl StepShape {
         window(exit, depth)
     }
 
-    /// The fastest way to run steps of `batch` examples of at most `longest` tokens in `budget` bytes.
+    /// The fastest way to run steps of `batch` tokens in examples of at most `longest` tokens in `budget` bytes.
     ///
-    /// A step of fewer examples at once reads the weights more often; one that keeps less computes more (some 3% with a
-    /// window of 8 blocks). So the micro-batch is made smaller only when nothing is kept any more; the window, which changes
-    /// what is learned, only when one example is too many, and only if `window` has more than one value.
+    /// A step that keeps less computes more (a fifth, with a window of 8 blocks that keeps inputs only); a step of fewer
+    /// tokens at once reads the weights more often, which costs little down to some hundred tokens. So the number of
+    /// tokens is made smaller first, down to [`FEW_TOKENS`], then less is kept, then tokens fall to one example, and then,
+    /// since that changes what is learned, the window, if `windows` has more than one value.
     ///
     /// # Errors
     /// The budget is too small: the message says what the least is.
@@ -132,22 +133,62 @@ impl StepShape {
         longest: usize,
         windows: Range<usize>,
     ) -> Result<MemoryPlan, TuneError> {
+        let mut sizes: Vec<usize> =
+            [MICRO_TOKENS, FEW_TOKENS, longest].map(|n| n.max(longest).min(batch.max(1))).into();
+        sizes.dedup();
         let mut least = u64::MAX;
         for window in windows.rev() {
-            let mut micro_batch = batch;
-            while micro_batch > 0 {
-                let tokens = micro_batch * longest;
-                let bytes = |keep| self.bytes(window, tokens, keep);
-                least = least.min(bytes(Keep::Inputs));
-                let kept = (0..=window).rev().map(Keep::Last).find(|&keep| bytes(keep) <= budget);
-                if let Some(keep) = kept {
-                    return Ok(MemoryPlan { window, micro_batch, keep, bytes: bytes(keep) });
+            let whole = sizes.iter().filter(|n| **n >= FEW_TOKENS).map(|&n| (n, Keep::Last(window)));
+            let parts = sizes.iter().flat_map(|&n| (0..=window).rev().map(move |kept| (n, Keep::Last(kept))));
+            for (micro_tokens, keep) in whole.chain(parts) {
+                let bytes = self.bytes(window, micro_tokens, keep);
+                least = least.min(bytes);
+                if bytes <= budget {
+                    return Ok(MemoryPlan { window, micro_tokens, keep, bytes });
                 }
-                // Parts of equal size, one more than before.
-                let parts = batch.div_ceil(micro_batch) + 1;
-                micro_batch = if micro_batch == 1 { 0 } else { batch.div_ceil(parts).min(micro_batch - 1) };
             }
         }
         Err(TuneError::Memory { least, budget })
+    }
+}
+
+/// Tokens at once below which a step becomes slower.
+const FEW_TOKENS: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape() -> StepShape {
+        StepShape {
+            hidden: 576,
+            query: 576,
+            key: 192,
+            feed_forward: 1536,
+            vocabulary: 49152,
+            head_norms: false,
+            n_blocks: 30,
+            block_parameters: 81_408,
+            exits: vec![8, 15, 23, 30],
+            state: StateType::F32,
+        }
+    }
+
+    #[test]
+    fn less_memory_gives_fewer_tokens_then_less_kept_then_a_smaller_window() {
+        let shape = shape();
+        let all = shape.plan(u64::MAX, 1024, 256, 1..9).unwrap();
+        assert_eq!((all.window, all.micro_tokens, all.keep), (8, 512, Keep::Last(8)));
+        let mut last = all;
+        let mut seen = vec![all];
+        while let Ok(next) = shape.plan(last.bytes - 1, 1024, 256, 1..9) {
+            assert!(next.bytes < last.bytes && next.window <= last.window, "{next:?} after {last:?}");
+            (last, _) = (next, seen.push(next));
+        }
+        assert_eq!((last.window, last.micro_tokens, last.keep), (1, 256, Keep::Last(0)));
+        assert!(seen.iter().any(|p| p.micro_tokens == 256 && p.keep == Keep::Last(8)));
+        let error = shape.plan(last.bytes - 1, 1024, 256, 1..9).unwrap_err();
+        assert!(matches!(error, TuneError::Memory { least, .. } if least == last.bytes), "{error}");
+        assert!(shape.plan(last.bytes, 1024, 256, 4..5).is_err(), "a window that is asked for stays");
     }
 }

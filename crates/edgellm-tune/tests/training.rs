@@ -17,7 +17,7 @@ fn config(exits: Vec<usize>, window: usize) -> TuneConfig {
         steps: 40,
         batch_size: 2,
         order: Order::File,
-        micro_batch: 2,
+        micro_tokens: 8,
         keep: Keep::Last(1),
         exits,
         window,

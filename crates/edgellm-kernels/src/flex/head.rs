@@ -176,8 +176,9 @@ pub fn head_loss(
     for (hidden, targets) in chunks {
         let targets: Vec<usize> = targets.iter().map(|&id| id as usize).collect();
         let part = Chunk::new(packed, hidden, targets);
-        loss += part.forward(&mut tiles);
-        gradient.extend(part.backward(&mut tiles, weight));
+        let (sum, normalizers) = part.forward(&mut tiles);
+        loss += sum;
+        gradient.extend(part.backward(&mut tiles, &normalizers, weight));
     }
     let dy = float(gradient, [targets.len(), cols]);
     let (dx, dw) = pointwise::rms_norm_backward(x, norm, dy, eps);
@@ -185,11 +186,13 @@ pub fn head_loss(
     HeadLoss { loss: f64::from(weight) * loss, d_hidden: values(dx), d_norm: values(dw) }
 }
 
-/// Logits of a tile of the vocabulary, `[tokens, rows]`, and their maxima and sums.
+/// Logits of a tile of the vocabulary, `[tokens, rows]`, or their exponentials, with their maxima and sums.
 #[derive(Default)]
 struct TileLogits {
     logits: Vec<f32>,
     partial: Vec<(f32, f32)>,
+    /// Tokens whose target lies in the tile, and its logit.
+    picked: Vec<(usize, f32)>,
 }
 
 /// Some tokens before a head.
@@ -215,8 +218,9 @@ impl<'a> Chunk<'a> {
         tile * self.tile..((tile + 1) * self.tile).min(self.head.layout.rows)
     }
 
-    /// Leaves all logits less their normalizer, and returns the sum of the losses.
-    fn forward(&self, tiles: &mut Vec<TileLogits>) -> f64 {
+    /// Leaves the exponentials of all logits less their tile's maximum, and returns the losses' sum and the logarithms of
+    /// the normalizers.
+    fn forward(&self, tiles: &mut Vec<TileLogits>) -> (f64, Vec<f32>) {
         let (kernel, tokens) = (Kernel::active(), self.targets.len());
         tiles.resize_with(self.head.layout.rows.div_ceil(self.tile), TileLogits::default);
         for_each_mut(tiles, |tile, out| {
@@ -230,27 +234,22 @@ impl<'a> Chunk<'a> {
                     ColumnsMut::whole(&mut out.logits, tokens, n, n).product(self.x, w.t(), 1.0, false);
                 }
             }
-            maxima_and_sums(kernel, &out.logits, rows.len(), &mut out.partial);
+            out.picked.clear();
+            for (t, target) in self.targets.iter().enumerate().filter(|(_, target)| rows.contains(target)) {
+                out.picked.push((t, out.logits[t * rows.len() + target - rows.start]));
+            }
+            exponentials(kernel, &mut out.logits, rows.len(), &mut out.partial);
         });
         let partial: Vec<&[(f32, f32)]> = tiles.iter().map(|t| t.partial.as_slice()).collect();
         let normalizers = combine(&partial, tokens);
-        let logit = |(t, &target): (usize, &usize)| {
-            let tile = target / self.tile;
-            tiles[tile].logits[t * self.rows(tile).len() + target % self.tile]
-        };
-        let picked: Vec<f32> = self.targets.iter().enumerate().map(logit).collect();
-        for_each_mut(tiles, |tile, out| {
-            vectorized(kernel, || {
-                for (row, normalizer) in out.logits.chunks_mut(self.rows(tile).len()).zip(&normalizers) {
-                    row.iter_mut().for_each(|logit| *logit -= normalizer);
-                }
-            });
-        });
-        normalizers.iter().zip(picked).map(|(normalizer, logit)| f64::from(normalizer - logit)).sum()
+        let mut picked = vec![0.0; tokens];
+        tiles.iter().flat_map(|tile| &tile.picked).for_each(|&(t, logit)| picked[t] = logit);
+        let loss = normalizers.iter().zip(picked).map(|(normalizer, logit)| f64::from(normalizer - logit)).sum();
+        (loss, normalizers)
     }
 
     /// `factor * sum_v (p[t, v] - [v = target]) W[v]`.
-    fn backward(&self, tiles: &mut [TileLogits], factor: f32) -> Vec<f32> {
+    fn backward(&self, tiles: &mut [TileLogits], normalizers: &[f32], factor: f32) -> Vec<f32> {
         let (kernel, tokens, cols) = (Kernel::active(), self.targets.len(), self.head.layout.cols);
         let per_segment = tiles.len().div_ceil(SEGMENTS);
         let mut segments: Vec<(&mut [TileLogits], Vec<f32>)> =
@@ -260,7 +259,12 @@ impl<'a> Chunk<'a> {
             for (i, tile) in tiles.iter_mut().enumerate() {
                 let rows = self.rows(segment * per_segment + i);
                 let (p, n) = (&mut tile.logits, rows.len());
-                vectorized(kernel, || p.iter_mut().for_each(|value| *value = exp(*value) * factor));
+                vectorized(kernel, || {
+                    for ((p, (top, _)), normalizer) in p.chunks_exact_mut(n).zip(&tile.partial).zip(normalizers) {
+                        let scale = exp(top - normalizer) * factor;
+                        p.iter_mut().for_each(|value| *value *= scale);
+                    }
+                });
                 let mut out = ColumnsMut::whole(gradient, tokens, cols, cols);
                 match &self.prepared {
                     Some(tiles) => {
@@ -303,19 +307,53 @@ fn maxima_and_sums(kernel: Kernel, logits: &[f32], width: usize, out: &mut Vec<(
     });
 }
 
+/// Turns the logits of every row into the exponentials of their distances to the row's maximum, and tells that and their
+/// sum.
+fn exponentials(kernel: Kernel, logits: &mut [f32], width: usize, out: &mut Vec<(f32, f32)>) {
+    out.clear();
+    out.resize(logits.len() / width, (0.0, 0.0));
+    vectorized(kernel, || {
+        for (out, row) in out.iter_mut().zip(logits.chunks_exact_mut(width)) {
+            let max = maximum(row);
+            let mut sums = [0.0f32; LANES];
+            let mut chunks = row.chunks_exact_mut(LANES);
+            for chunk in chunks.by_ref() {
+                for (sum, value) in sums.iter_mut().zip(chunk) {
+                    *value = exp(*value - max);
+                    *sum += *value;
+                }
+            }
+            for (sum, value) in sums.iter_mut().zip(chunks.into_remainder()) {
+                *value = exp(*value - max);
+                *sum += *value;
+            }
+            *out = (max, sums.iter().sum());
+        }
+    });
+}
+
+/// Values that are handled together.
+const LANES: usize = 16;
+
+#[inline(always)]
+fn maximum(row: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut tops = [f32::NEG_INFINITY; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (top, &value) in tops.iter_mut().zip(chunk) {
+            *top = larger(*top, value);
+        }
+    }
+    tops.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
+}
+
 /// The maximum, and the sum of the exponentials of the distances to it.
 #[inline(always)]
 fn max_and_sum(logits: &[f32]) -> (f32, f32) {
-    const LANES: usize = 16;
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let max = maximum(logits);
     let (whole, rest) = logits.split_at(logits.len() / LANES * LANES);
-    let mut tops = [f32::NEG_INFINITY; LANES];
-    for chunk in whole.chunks_exact(LANES) {
-        for (top, &logit) in tops.iter_mut().zip(chunk) {
-            *top = larger(*top, logit);
-        }
-    }
-    let max = tops.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
     let mut sums = [0.0f32; LANES];
     for chunk in whole.chunks_exact(LANES) {
         for (sum, &logit) in sums.iter_mut().zip(chunk) {

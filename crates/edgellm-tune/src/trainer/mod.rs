@@ -154,7 +154,7 @@ impl<'a> Trainer<'a> {
         let span = tracing::debug_span!("tune_step", step, exit).entered();
         self.gradients.reset(&self.adapter, &place, self.decoder.config().hidden_size);
         let mut loss = 0.0;
-        for part in examples.chunks(self.config.micro_batch) {
+        for part in parts(&examples, self.config.micro_tokens) {
             let weight = 1.0 / response_tokens as f32;
             let (adapter, gradients) = (&self.adapter, &mut self.gradients);
             loss += self.engine.accumulate(self.decoder, adapter, part, &place, weight, gradients)?;
@@ -236,4 +236,18 @@ impl<'a> Trainer<'a> {
         }
         Ok(())
     }
+}
+
+/// Consecutive examples with at most so many tokens together, or one with more.
+fn parts(examples: &[Example], tokens: usize) -> Vec<&[Example]> {
+    let (mut parts, mut start, mut sum) = (Vec::new(), 0, 0);
+    for (i, example) in examples.iter().enumerate() {
+        if i > start && sum + example.ids.len() > tokens {
+            parts.push(&examples[start..i]);
+            (start, sum) = (i, 0);
+        }
+        sum += example.ids.len();
+    }
+    parts.push(&examples[start..]);
+    parts
 }

@@ -17,7 +17,7 @@ use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule, StateType};
 use edgellm::tune::order::Order;
 use edgellm::tune::voters::VOTERS;
-use edgellm::tune::{Keep, TuneConfig};
+use edgellm::tune::{Keep, MICRO_TOKENS, TuneConfig};
 
 use self::durability::DurabilityArgs;
 use self::report::held_out;
@@ -65,10 +65,13 @@ pub(crate) struct Adapt {
     /// Blocks below an exit that a step trains (default: 8, or with --max-memory as many of 8 as fit)
     #[arg(long, value_name = "M")]
     window: Option<usize>,
-    /// Examples that are run at once: less memory, the same steps (default: all of a step's)
-    #[arg(long, value_name = "N", conflicts_with = "max_memory")]
-    micro_batch: Option<usize>,
-    /// Memory that this process may use, such as 300MB: chooses window, micro-batch and kept activations
+    /// Tokens that are run at once, unless an example has more: fewer need less memory, for the same steps
+    #[arg(long, value_name = "N", default_value_t = MICRO_TOKENS, conflicts_with = "max_memory")]
+    micro_tokens: usize,
+    /// Blocks of the window that keep their activations; the others compute them again, which needs less memory
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_WINDOW, conflicts_with = "max_memory")]
+    keep_blocks: usize,
+    /// Memory that this process may use, such as 300MB: chooses window, tokens at once and kept activations
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     max_memory: Option<u64>,
     /// Which examples a step takes: file, shuffled, or bucketed (of similar length)
@@ -211,8 +214,8 @@ impl Adapt {
             steps: self.steps,
             batch_size: self.batch,
             order: self.order.parse()?,
-            micro_batch: self.micro_batch.unwrap_or(self.batch),
-            keep: Keep::Inputs,
+            micro_tokens: self.micro_tokens,
+            keep: Keep::Last(self.keep_blocks),
             exits: even_exits(n_blocks, self.exits).map_err(usage)?,
             window: self.window.unwrap_or(DEFAULT_WINDOW),
             lora,

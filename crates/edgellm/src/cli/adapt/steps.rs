@@ -93,7 +93,7 @@ impl Adapt {
         let most = DEFAULT_WINDOW.min(model.decoder.n_blocks());
         let windows = self.window.map_or(1..most + 1, |window| window..window + 1);
         let left = budget.saturating_sub(used + adapter);
-        let plan = shape.plan(left, config.batch_size, longest, windows).map_err(|error| match error {
+        let plan = shape.plan(left, config.batch_size * longest, longest, windows).map_err(|error| match error {
             edgellm::tune::TuneError::Memory { least, .. } => anyhow::anyhow!(
                 "--max-memory: expected at least {}, found {}; the model takes {} and the leanest step {}",
                 bytes(used + adapter + least),
@@ -103,18 +103,18 @@ impl Adapt {
             ),
             other => other.into(),
         })?;
-        (config.window, config.micro_batch, config.keep) = (plan.window, plan.micro_batch, plan.keep);
+        (config.window, config.micro_tokens, config.keep) = (plan.window, plan.micro_tokens, plan.keep);
         let expected = used + adapter + plan.bytes;
         let kept = plan.keep.blocks().min(plan.window);
         ctx.say(&format!(
-            "memory: a window of {} blocks, of which {kept} keep their activations, {} examples at once: {} of {}",
+            "memory: a window of {} blocks, of which {kept} keep their activations, {} tokens at once: {} of {}",
             plan.window,
-            plan.micro_batch,
+            plan.micro_tokens,
             bytes(expected),
             bytes(budget)
         ));
         Ok(json!({
-            "window": plan.window, "micro_batch": plan.micro_batch, "kept_blocks": kept,
+            "window": plan.window, "micro_tokens": plan.micro_tokens, "kept_blocks": kept,
             "budget_bytes": budget, "predicted_bytes": expected, "before_bytes": used,
         }))
     }
@@ -123,7 +123,7 @@ impl Adapt {
     fn settings(&self, config: &TuneConfig) -> Value {
         json!({
             "steps": config.steps, "batch": config.batch_size, "order": config.order.name(),
-            "micro_batch": config.micro_batch, "exits": config.exits, "window": config.window,
+            "micro_tokens": config.micro_tokens, "exits": config.exits, "window": config.window,
             "exit_schedule": self.exit_schedule, "rank": config.lora.rank, "alpha": config.lora.alpha,
             "rslora": config.lora.use_rslora, "targets": config.lora.targets.to_string(),
             "lr": config.learning_rate, "lr_schedule": self.optimizer.lr_schedule,

@@ -14,7 +14,7 @@ use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule};
 use edgellm::tune::order::Order;
 use edgellm::tune::voters::voter;
-use edgellm::tune::{Keep, Trainer, TuneConfig};
+use edgellm::tune::{Keep, MICRO_TOKENS, Trainer, TuneConfig};
 
 use super::super::failure::{Usage, usage};
 use super::super::progress::Counted;
@@ -266,7 +266,7 @@ impl<'a> ModelBench<'a> {
             steps,
             batch_size: step.batch,
             order: Order::File,
-            micro_batch: step.batch,
+            micro_tokens: MICRO_TOKENS,
             keep: if step.recompute { Keep::Inputs } else { Keep::All },
             exits: even_exits(n_blocks, step.exits).map_err(usage)?,
             window: step.window.unwrap_or(n_blocks),
