@@ -2,7 +2,7 @@
 
 Prints one line of JSON: wall and processor seconds of each step, and the peak resident memory of the process.
 
-usage: peft_bench.py MODEL_DIRECTORY --type f32|bf16 --batch B --tokens N --threads T --repetitions R
+usage: peft_bench.py MODEL_DIRECTORY --type f32|bf16 --batch B --tokens N --threads T --repetitions R [--blocks N]
 """
 
 import argparse
@@ -25,11 +25,14 @@ def main():
     parser.add_argument("--type", choices=TYPES, required=True)
     for name in ["batch", "tokens", "threads", "repetitions"]:
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--blocks", type=int, default=0, help="adapt the last blocks only; 0 for all")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=TYPES[args.type], use_cache=False)
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    # PEFT's way to adapt the last blocks only.
+    last = list(range(base.config.num_hidden_layers))[-args.blocks:] if args.blocks else None
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM", layers_to_transform=last)
     model = get_peft_model(base, lora).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

@@ -30,6 +30,13 @@ pub(crate) struct ComparePeft {
     /// Types of peft's base weights: f32 or bf16.
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16")]
     types: Vec<String>,
+    /// Tune a window of so many blocks at exits in turn, as `edgellm adapt` does, too; and the last so many blocks with
+    /// peft.
+    #[arg(long, value_name = "BLOCKS")]
+    window: Option<usize>,
+    /// Exits of the window's steps.
+    #[arg(long, value_name = "K", default_value_t = 4)]
+    exits: usize,
     /// Threads.
     #[arg(short, long, default_value_t = 2)]
     threads: usize,
@@ -84,10 +91,16 @@ impl ComparePeft {
         for &(batch, tokens) in &self.steps {
             for name in &self.types {
                 eprintln!("peft {name}, {batch} x {tokens}");
-                all.push(self.run_peft(&python, &floats, name, batch, tokens)?);
+                all.push(self.run_peft(&python, &floats, name, batch, tokens, None)?);
+                if self.window.is_some() {
+                    all.push(self.run_peft(&python, &floats, name, batch, tokens, self.window)?);
+                }
             }
             eprintln!("edgellm, {batch} x {tokens}");
-            all.push(self.run_edgellm(&edgellm, &model, batch, tokens)?);
+            all.push(self.run_edgellm(&edgellm, &model, batch, tokens, None)?);
+            if self.window.is_some() {
+                all.push(self.run_edgellm(&edgellm, &model, batch, tokens, self.window)?);
+            }
         }
         write_json(&output, &results(self.threads, &all))?;
         println!("{}", markdown(&all));
@@ -120,12 +133,21 @@ impl ComparePeft {
         Ok(python)
     }
 
-    fn run_peft(&self, python: &Path, model: &Path, name: &str, batch: usize, tokens: usize) -> Result<Measured> {
+    fn run_peft(
+        &self,
+        python: &Path,
+        model: &Path,
+        name: &str,
+        batch: usize,
+        tokens: usize,
+        window: Option<usize>,
+    ) -> Result<Measured> {
+        let blocks = window.unwrap_or(0).to_string();
         let (shell, script) = (repo::shell()?, python::script("peft_bench.py")?);
         let [b, n, t, r] = [batch, tokens, self.threads, self.repetitions].map(|n| n.to_string());
         let text = cmd!(
             shell,
-            "{python} {script} {model} --type {name} --batch {b} --tokens {n} --threads {t} --repetitions {r}"
+            "{python} {script} {model} --type {name} --batch {b} --tokens {n} --threads {t} --repetitions {r} --blocks {blocks}"
         )
         .quiet()
         .read()?;
@@ -133,7 +155,7 @@ impl ComparePeft {
         let found: Value =
             serde_json::from_str(line).with_context(|| format!("peft_bench.py did not print JSON: {text:.200}"))?;
         Ok(Measured {
-            program: format!("peft {name}"),
+            program: format!("peft {name}{}", window.map_or(String::new(), |n| format!(", last {n} blocks"))),
             batch,
             tokens,
             wall_seconds: numbers(&found, "wall_seconds")?,
@@ -142,8 +164,15 @@ impl ComparePeft {
         })
     }
 
-    fn run_edgellm(&self, edgellm: &Edgellm, model: &str, batch: usize, tokens: usize) -> Result<Measured> {
-        let arguments = [
+    fn run_edgellm(
+        &self,
+        edgellm: &Edgellm,
+        model: &str,
+        batch: usize,
+        tokens: usize,
+        window: Option<usize>,
+    ) -> Result<Measured> {
+        let mut arguments = vec![
             format!("--model={model}"),
             "-p=0".into(),
             "-n=0".into(),
@@ -152,11 +181,18 @@ impl ComparePeft {
             format!("-t={}", self.threads),
             format!("-r={}", self.repetitions),
         ];
+        if let Some(window) = window {
+            arguments.extend([format!("--tune-window={window}"), format!("--tune-exits={}", self.exits)]);
+        }
         let rows = bench(edgellm, &arguments)?;
         let row = rows.first().context("edgellm bench printed no row")?;
         let seconds = |key: &str| Ok::<_, anyhow::Error>(numbers(row, key)?.into_iter().map(|ns| ns / 1e9).collect());
         Ok(Measured {
-            program: format!("edgellm {}", row["model_type"].as_str().unwrap_or_default()),
+            program: format!(
+                "edgellm {}{}",
+                row["model_type"].as_str().unwrap_or_default(),
+                window.map_or(String::new(), |n| format!(", window {n}, {} exits", self.exits))
+            ),
             batch,
             tokens,
             wall_seconds: seconds("samples_ns")?,

@@ -96,7 +96,7 @@ fn in_chunks<const R: usize, const W: usize>(
         return vectorized(kernel, || f(read, write));
     }
     let mut write = write.map(|w| w.chunks_mut(chunk));
-    let mut items: Vec<Option<([&[f32]; R], [&mut [f32]; W])>> = (0..len.div_ceil(chunk))
+    let mut items: Vec<_> = (0..len.div_ceil(chunk))
         .map(|i| {
             let part = i * chunk..((i + 1) * chunk).min(len);
             let write = write.each_mut().map(|chunks| chunks.next().expect("as many chunks"));
