@@ -107,7 +107,7 @@ const DAMAGES: &[Damage] = &[
     ("rank zero", |d| edit_config(d, "r", 0.into()), "LoRA rank: expected from 1 to 1024, found 0"),
     ("rank too large", |d| edit_config(d, "r", 1_000_000.into()), "LoRA rank"),
     ("negative rank", |d| edit_config(d, "r", (-4).into()), "PEFT adapter configuration"),
-    ("rank of another adapter", |d| edit_config(d, "r", 4.into()), "adapter shapes (A, B) of block 0"),
+    ("rank of another adapter", |d| edit_config(d, "r", 4.into()), "adapter shapes (A, B) for model.layers.0"),
     ("unknown target", |d| edit_config(d, "target_modules", serde_json::json!(["q_proj", "x"])), "target_modules"),
     ("no target", |d| edit_config(d, "target_modules", serde_json::json!([])), "at least one projection"),
     ("a target less", |d| edit_config(d, "target_modules", serde_json::json!(["q_proj"])), "other tensors"),
