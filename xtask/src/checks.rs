@@ -137,6 +137,37 @@ pub(crate) fn memory(edgellm: &Edgellm) -> Result<String> {
     Ok(format!("peak memory: {}", lines.join(", ")))
 }
 
+/// Budgets of tuning, in MB, and how far a process may go beyond them.
+const BUDGETS: [u32; 6] = [190, 210, 230, 260, 300, 400];
+const BUDGET_SLACK: f64 = 1.05;
+
+/// Tunes the real model within each budget; peak memory of the whole process stays within it.
+pub(crate) fn budgets(edgellm: &Edgellm) -> Result<String> {
+    let folder = repo::scratch("memory")?.join("adapter");
+    let text = repo::root()?.join("fixtures/text/calibration.txt");
+    let mut lines = Vec::new();
+    for budget in BUDGETS {
+        let flag = format!("{budget}MB");
+        let run = ["adapt", "-m", SMOLLM2, "--data", arg(&text)?, "--max-len", "256", "--steps", "8"];
+        let more = ["--exit-schedule", "cyclic", "-o", arg(&folder)?, "--force", "--max-memory", &flag];
+        let tuned = edgellm.json(run.into_iter().chain(more))?;
+        let Some(peak) = tuned["peak_rss_bytes"].as_f64() else {
+            return Ok("no peak memory on this system".to_owned());
+        };
+        ensure!(peak <= f64::from(budget) * 1e6 * BUDGET_SLACK, "peak {peak} bytes with a budget of {budget} MB");
+        let plan = &tuned["memory_plan"];
+        let of = |key: &str| plan[key].as_u64().unwrap_or_default();
+        lines.push(format!(
+            "{budget}: {:.0} (window {}, {} kept, {} tokens at once)",
+            peak / 1e6,
+            of("window"),
+            of("kept_blocks"),
+            of("micro_tokens")
+        ));
+    }
+    Ok(format!("budget and peak in MB: {}", lines.join("; ")))
+}
+
 /// Nats a token, over the second half of windows of 512, that rounding activations to 8 bits may cost: what
 /// llama.cpp reaches with the same weights.
 const ACTIVATIONS_KL: f64 = 0.0029;

@@ -39,7 +39,7 @@ struct Step {
 const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
 const NO_GOLDEN: &str = "no ../shared/golden";
 
-const STEPS: [Step; 21] = [
+const STEPS: [Step; 22] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
@@ -80,6 +80,11 @@ const STEPS: [Step; 21] = [
         name: "memory of the real model",
         quick: false,
         run: || checks::memory(&Edgellm::build(&[])?.quietly()).map(Outcome::Passed),
+    },
+    Step {
+        name: "memory budgets of tuning",
+        quick: false,
+        run: || checks::budgets(&Edgellm::build(&[])?.quietly()).map(Outcome::Passed),
     },
     Step { name: "8-bit activations", quick: false, run: activations },
     Step { name: "parity on flex", quick: false, run: flex_parity },

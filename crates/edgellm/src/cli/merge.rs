@@ -246,6 +246,12 @@ impl Merge {
                 merged.top1_agreement * 100.0,
                 base.kl
             ));
+            if merged.kl >= base.kl {
+                text.push_str(
+                    "note: rounding loses more than the update brings: keep the adapter beside the base, or merge with \
+                     --format f16\n",
+                );
+            }
             if let Some([base, adapter, merged]) = losses {
                 text.push_str(&format!("loss: base {base:.4}, with the adapter {adapter:.4}, merged {merged:.4}\n"));
             }
