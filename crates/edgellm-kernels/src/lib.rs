@@ -47,9 +47,9 @@ pub use arch::pool::{set_threads, threads};
 pub use arch::{Ceilings, Isa, active_isa, force_isa, measure_ceilings};
 pub use error::{KernelError, Result};
 pub use flex::{
-    BlockCache, BlockGradients, BlockLinear, BlockScratch, BlockTape, BlockView, CacheType, HEAD_CHUNK, HeadLoss,
-    KernelInfo, LoraGradient, decoder_block, decoder_block_backward, decoder_block_recorded, decoder_block_uncached,
-    head_loss, kernels, log_softmax_row,
+    BlockCache, BlockGradients, BlockLinear, BlockScratch, BlockTape, BlockView, CacheType, Dropout, HEAD_CHUNK,
+    HeadLoss, KernelInfo, LoraGradient, decoder_block, decoder_block_backward, decoder_block_recorded,
+    decoder_block_uncached, head_loss, kernels, log_softmax_row,
 };
 pub use format::{
     Arrangement, FAMILIES, Family, Format, PackedLayout, QuantFormat, RoundingGoal, ScaleType, SparsePattern,

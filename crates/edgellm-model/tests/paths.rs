@@ -6,7 +6,7 @@ use burn::tensor::{Device, Int, Tensor};
 use edgellm_kernels::{BlockGradients, BlockScratch, CacheType, Lora, LoraGradient};
 use edgellm_model::adapter::{Adapter, LoraConfig, Targets};
 use edgellm_model::config::ModelConfig;
-use edgellm_model::decoder::{Decoder, SlicePass};
+use edgellm_model::decoder::{Decoder, Dropout, SlicePass};
 use edgellm_model::generate::to_vec;
 use edgellm_model::testing::{decoder_of, tiny_config};
 use edgellm_model::values::Projection;
@@ -221,5 +221,47 @@ fn gradients_on_both_paths() {
                 assert!(error <= 2e-5, "{what}, gradient {i} of {window:?}: {error:e} of {scale:e}");
             }
         }
+    }
+}
+
+/// With dropout, gradients are those of the loss with the same inputs dropped.
+#[test]
+fn gradients_with_dropout() {
+    let config = tiny_config(json!({}));
+    let decoder = decoder_of(&config, 8, &Device::flex());
+    let adapter = adapter_of(&config);
+    let n = decoder.n_blocks();
+    let lengths = SEQUENCES.map(<[u32]>::len);
+    let targets: Vec<u32> = SEQUENCES.iter().flat_map(|ids| ids.iter().map(|id| id / 2)).collect();
+    let run = |adapter: &Adapter, share: f32, seed: u64| {
+        let mut x = decoder.embed_slices(&SEQUENCES).unwrap();
+        let (mut scratch, mut tapes) = (BlockScratch::default(), Vec::new());
+        let dropout = (share > 0.0).then_some(Dropout { share, seed });
+        let mut pass = SlicePass::new(&decoder, adapter, &lengths, &mut scratch).with_dropout(dropout);
+        pass.record(&mut x, 0..n, |index| index == 0, &mut tapes).unwrap();
+        let mut head = decoder.loss_on_slices(&x, n, adapter, &targets, 1.0);
+        let mut gradients: Vec<BlockGradients> = (0..n).map(|_| zeros(adapter)).collect();
+        pass.backward(&mut head.d_hidden, 0..n, &mut tapes, &mut gradients).unwrap();
+        (head.loss, gradients)
+    };
+    let (loss, gradients) = run(&adapter, 0.4, 3);
+    assert_ne!(loss, run(&adapter, 0.0, 3).0);
+    assert_ne!(loss, run(&adapter, 0.4, 4).0);
+    for (block, projection) in
+        [(0, Projection::Q), (0, Projection::Gate), (n - 1, Projection::Down), (1, Projection::O)]
+    {
+        let gradient = gradients[block].linears[projection as usize].as_ref().unwrap();
+        // In the direction of the gradient of A, the loss rises by its squared norm.
+        let norm = gradient.a.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+        let moved = |sign: f64| {
+            let mut adapter = adapter.clone();
+            let lora = adapter.block_mut(block).unwrap().get_mut(projection).as_mut().unwrap();
+            let step = (sign * 2e-2 / norm) as f32;
+            let change = Tensor::<1>::from_floats(gradient.a.as_slice(), &Device::flex()).mul_scalar(step);
+            lora.a = lora.a.clone().add(change.reshape(lora.a.dims()));
+            run(&adapter, 0.4, 3).0
+        };
+        let slope = (moved(1.0) - moved(-1.0)) / 4e-2;
+        assert!((slope - norm).abs() <= 2e-2 * norm, "block {block} {}: {slope} is not {norm}", projection.name());
     }
 }

@@ -26,6 +26,8 @@ pub struct TuneConfig {
     pub window: usize,
     /// Rank, scale and targets of the adapter.
     pub lora: LoraConfig,
+    /// Share of the inputs of the window's low-rank updates that a step sets to zero; on the CPU only.
+    pub lora_dropout: f32,
     /// Whether the norms of the exits before the last are trained as well. The last exit keeps the model's final norm, so
     /// that the adapter means the same to PEFT, which knows nothing of exits.
     pub train_exit_norms: bool,
@@ -86,6 +88,9 @@ impl TuneConfig {
             if value == 0 {
                 return bad(what, "at least 1".into(), "0".into());
             }
+        }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            return bad("LoRA dropout", "from 0 to below 1".into(), self.lora_dropout.to_string());
         }
         if !self.learning_rate.is_finite() || self.learning_rate <= 0.0 {
             return bad("learning rate", "a positive number".into(), self.learning_rate.to_string());

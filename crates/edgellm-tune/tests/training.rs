@@ -22,6 +22,7 @@ fn config(exits: Vec<usize>, window: usize) -> TuneConfig {
         exits,
         window,
         lora: LoraConfig { rank: 4, alpha: 8.0, use_rslora: false, targets: Targets::all_linear() },
+        lora_dropout: 0.0,
         train_exit_norms: true,
         learning_rate: 1e-2,
         exit_scale: ExitScale::Equal,
@@ -184,6 +185,7 @@ fn settings_and_batches_that_make_no_sense_are_refused() {
         TuneConfig { batch_size: 0, ..config(vec![n], 1) },
         TuneConfig { learning_rate: f64::NAN, ..config(vec![n], 1) },
         TuneConfig { max_grad_norm: -1.0, ..config(vec![n], 1) },
+        TuneConfig { lora_dropout: 1.0, ..config(vec![n], 1) },
     ] {
         assert!(Trainer::new(&decoder, bad, Box::new(Cyclic)).is_err());
     }

@@ -23,7 +23,7 @@ use crate::ops::{AttentionParams, EdgeOps, defaults};
 use crate::panels::Panels;
 
 pub use block::{
-    BlockGradients, BlockLinear, BlockScratch, BlockTape, BlockView, LoraGradient, decoder_block,
+    BlockGradients, BlockLinear, BlockScratch, BlockTape, BlockView, Dropout, LoraGradient, decoder_block,
     decoder_block_backward, decoder_block_recorded, decoder_block_uncached, log_softmax_row,
 };
 pub use cache::{BlockCache, CacheType};

@@ -156,6 +156,7 @@ impl Block {
             scale: ctx.config.attention_scale(),
             window: ctx.config.window_of(ctx.index),
             rope: ctx.rope.map(|slice| (&slice.cos, &slice.sin)),
+            dropout: None,
         };
         (ctx.observer.is_none() && view.is_supported()).then_some(view)
     }

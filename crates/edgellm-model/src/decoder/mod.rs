@@ -17,7 +17,9 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use edgellm_kernels::{cross_entropy_head, decoder_block, decoder_block_uncached, packed_embedding, rms_norm};
 
-pub use edgellm_kernels::{BlockGradients, BlockScratch, BlockTape, CacheType, HEAD_CHUNK, HeadLoss, LoraGradient};
+pub use edgellm_kernels::{
+    BlockGradients, BlockScratch, BlockTape, CacheType, Dropout, HEAD_CHUNK, HeadLoss, LoraGradient,
+};
 
 pub use self::block::{Block, Linear, LinearObserver, Weight};
 pub use self::cache::KvCache;

@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use burn::tensor::Device;
 use edgellm_kernels::{
-    BlockGradients, BlockScratch, BlockTape, BlockView, HeadLoss, decoder_block_backward, decoder_block_recorded,
-    decoder_block_uncached, head_loss,
+    BlockGradients, BlockScratch, BlockTape, BlockView, Dropout, HeadLoss, decoder_block_backward,
+    decoder_block_recorded, decoder_block_uncached, head_loss,
 };
 
 use super::block::BlockContext;
@@ -24,6 +24,7 @@ pub struct SlicePass<'a> {
     lengths: &'a [usize],
     rope: RopeSlice,
     scratch: &'a mut BlockScratch,
+    dropout: Option<Dropout>,
 }
 
 impl Decoder {
@@ -91,7 +92,14 @@ impl<'a> SlicePass<'a> {
         scratch: &'a mut BlockScratch,
     ) -> Self {
         let rope = decoder.rope.slice(0, lengths.iter().copied().max().unwrap_or(0).max(1));
-        SlicePass { decoder, adapter, lengths, rope, scratch }
+        SlicePass { decoder, adapter, lengths, rope, scratch, dropout: None }
+    }
+
+    /// The same passes with dropout of the low-rank updates' inputs in recorded blocks, forward and backward.
+    #[must_use]
+    pub fn with_dropout(mut self, dropout: Option<Dropout>) -> Self {
+        self.dropout = dropout;
+        self
     }
 
     /// Runs blocks `range` on `x`, `[tokens of all sequences, d]`, in place, and keeps nothing.
@@ -104,7 +112,7 @@ impl<'a> SlicePass<'a> {
     pub fn forward(&mut self, x: &mut [f32], range: Range<usize>) -> Result<(), ModelError> {
         for index in range {
             let _span = tracing::trace_span!("block", index).entered();
-            self.with(index, |view, lengths, scratch| decoder_block_uncached(x, lengths, view, scratch))?;
+            self.with(index, None, |view, lengths, scratch| decoder_block_uncached(x, lengths, view, scratch))?;
         }
         Ok(())
     }
@@ -126,7 +134,7 @@ impl<'a> SlicePass<'a> {
         tapes.resize_with(range.len().max(tapes.len()), BlockTape::default);
         for (index, tape) in range.zip(tapes) {
             let _span = tracing::trace_span!("block", index).entered();
-            self.with(index, |view, lengths, scratch| {
+            self.with(index, self.dropout, |view, lengths, scratch| {
                 decoder_block_recorded(x, lengths, view, keep(index), tape, scratch);
             })?;
         }
@@ -151,7 +159,7 @@ impl<'a> SlicePass<'a> {
         let first = range.start;
         for ((index, tape), gradients) in range.zip(tapes).zip(gradients).rev() {
             let _span = tracing::trace_span!("block_backward", index).entered();
-            self.with(index, |view, lengths, scratch| {
+            self.with(index, self.dropout, |view, lengths, scratch| {
                 decoder_block_backward(dy, lengths, view, tape, index > first, gradients, scratch);
             })?;
         }
@@ -162,10 +170,14 @@ impl<'a> SlicePass<'a> {
     fn with<R>(
         &mut self,
         index: usize,
+        dropout: Option<Dropout>,
         f: impl FnOnce(&BlockView<'_>, &[usize], &mut BlockScratch) -> R,
     ) -> Result<R, ModelError> {
         let block = self.decoder.store.block(index)?;
         let view = block.view(self.decoder.context(index, &self.rope), self.adapter.block(index));
-        Ok(f(&view.expect("a block that runs on slices"), self.lengths, self.scratch))
+        let mut view = view.expect("a block that runs on slices");
+        let mixed = |dropout: Dropout| Dropout { seed: dropout.seed.wrapping_add((index as u64) << 32), ..dropout };
+        view.dropout = dropout.map(mixed);
+        Ok(f(&view, self.lengths, self.scratch))
     }
 }

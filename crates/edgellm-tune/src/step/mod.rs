@@ -7,10 +7,10 @@ use std::ops::Range;
 
 use edgellm_model::adapter::Adapter;
 use edgellm_model::data::Example;
-use edgellm_model::decoder::{BlockGradients, Decoder, LoraGradient};
+use edgellm_model::decoder::{BlockGradients, Decoder, Dropout, LoraGradient};
 use edgellm_model::values::Projection;
 
-use crate::{Keep, TuneError};
+use crate::{TuneConfig, TuneError};
 
 pub(crate) use slices::Slices;
 pub(crate) use tensors::Tensors;
@@ -39,6 +39,8 @@ pub(crate) struct Place {
     pub(crate) window: Range<usize>,
     /// Whether the exit's norm is trained.
     pub(crate) norm: bool,
+    /// Dropout of the low-rank updates' inputs; another seed for each part of a step.
+    pub(crate) dropout: Option<Dropout>,
 }
 
 /// The gradients of a step, summed over its micro-batches.
@@ -109,11 +111,14 @@ pub(crate) trait Engine {
 /// The engine for a decoder.
 ///
 /// # Errors
-/// Weights cannot be read.
-pub(crate) fn engine(decoder: &Decoder, keep: Keep) -> Result<Box<dyn Engine>, TuneError> {
-    Ok(if decoder.runs_on_slices(0..decoder.n_blocks())? {
-        Box::new(Slices::new(keep))
-    } else {
-        Box::new(Tensors::default())
-    })
+/// Weights cannot be read, or dropout is asked for where there is none.
+pub(crate) fn engine(decoder: &Decoder, config: &TuneConfig) -> Result<Box<dyn Engine>, TuneError> {
+    if decoder.runs_on_slices(0..decoder.n_blocks())? {
+        return Ok(Box::new(Slices::new(config.keep)));
+    }
+    if config.lora_dropout > 0.0 {
+        let expected = "0 on this device (packed weights on the CPU have dropout)".into();
+        return Err(TuneError::Setting { what: "LoRA dropout", expected, found: config.lora_dropout.to_string() });
+    }
+    Ok(Box::new(Tensors::default()))
 }

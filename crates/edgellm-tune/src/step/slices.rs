@@ -38,7 +38,7 @@ impl Engine for Slices {
         let lengths: Vec<usize> = sequences.iter().map(|ids| ids.len()).collect();
         let mut hidden = decoder.embed_slices(&sequences)?;
         let window = place.window.clone();
-        let mut pass = SlicePass::new(decoder, adapter, &lengths, &mut self.scratch);
+        let mut pass = SlicePass::new(decoder, adapter, &lengths, &mut self.scratch).with_dropout(place.dropout);
         pass.forward(&mut hidden, 0..window.start)?;
         let prefix = Instant::now();
         let kept = window.end - self.keep.blocks().min(window.len());

@@ -10,10 +10,12 @@ use std::time::Instant;
 use burn::tensor::{Tensor, TensorData};
 use edgellm_model::adapter::Adapter;
 use edgellm_model::data::Example;
-use edgellm_model::decoder::Decoder;
+use edgellm_model::decoder::{Decoder, Dropout};
 use edgellm_model::generate::to_vec;
 use edgellm_model::traits::{DataSource, ExitSchedule};
 use edgellm_model::values::Projection;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 use crate::calibrate::calibrate_exit_norms;
 use crate::exits::window;
@@ -78,7 +80,7 @@ impl<'a> Trainer<'a> {
             adapter.set_exit_norm(exit, decoder.final_norm().clone());
         }
         let optimizer = AdamW::new(config.adamw);
-        let engine = engine(decoder, config.keep)?;
+        let engine = engine(decoder, &config)?;
         let gradients = Gradients::default();
         Ok(Self { decoder, config, schedule, adapter, optimizer, engine, gradients, step: 0, skipped_in_a_row: 0 })
     }
@@ -144,7 +146,7 @@ impl<'a> Trainer<'a> {
         let exit = self.config.exits[choice];
         let last = self.decoder.n_blocks();
         let norm = self.config.train_exit_norms && exit < last && self.adapter.exit_norm(exit).is_some();
-        let place = Place { exit, window: window(exit, self.config.window), norm };
+        let mut place = Place { exit, window: window(exit, self.config.window), norm, dropout: None };
         let tokens = |e: &Example| (0..e.ids.len()).filter(|position| *position > 0 && e.is_target(*position)).count();
         let examples: Vec<Example> = examples.iter().filter(|e| tokens(e) > 0).cloned().collect();
         let response_tokens: usize = examples.iter().map(tokens).sum();
@@ -154,7 +156,11 @@ impl<'a> Trainer<'a> {
         let span = tracing::debug_span!("tune_step", step, exit).entered();
         self.gradients.reset(&self.adapter, &place, self.decoder.config().hidden_size);
         let mut loss = 0.0;
-        for part in parts(&examples, self.config.micro_tokens) {
+        let TuneConfig { lora_dropout: share, seed, .. } = self.config;
+        for (index, part) in parts(&examples, self.config.micro_tokens).into_iter().enumerate() {
+            // Every part of every step has a stream of its own.
+            let stream = ChaCha8Rng::seed_from_u64(seed ^ (step << 16) ^ index as u64).next_u64();
+            place.dropout = (share > 0.0).then_some(Dropout { share, seed: stream });
             let weight = 1.0 / response_tokens as f32;
             let (adapter, gradients) = (&self.adapter, &mut self.gradients);
             loss += self.engine.accumulate(self.decoder, adapter, part, &place, weight, gradients)?;

@@ -135,7 +135,7 @@ fn feed_forward(
     gradients: &mut BlockGradients,
     scratch: &mut BlockScratch,
 ) {
-    let [_, _, _, _, gate, up, down] = block.linears.map(Linear::new);
+    let [_, _, _, _, gate, up, down] = Linear::all(block);
     let [_, _, _, _, grad_gate, grad_up, grad_down] = gradients.linears.each_mut().map(Option::as_mut);
     let BlockScratch { x8, normed, product, backward: b, .. } = scratch;
     swiglu(kernel, &acts.gate, &acts.up, product);
@@ -164,7 +164,7 @@ fn attend(
     scratch: &mut BlockScratch,
 ) {
     let acts = &tape.acts;
-    let [q, k, v, o, _, _, _] = block.linears.map(Linear::new);
+    let [q, k, v, o, _, _, _] = Linear::all(block);
     let [grad_q, grad_k, grad_v, grad_o, _, _, _] = gradients.linears.each_mut().map(Option::as_mut);
     let BlockScratch { x8, normed, backward: b, .. } = scratch;
     b.d_attended.resize(acts.attended.len(), 0.0);

@@ -1,8 +1,9 @@
 //! A block's linear layers on slices: packed weight, bias, low-rank update; forward, and backward to the input and to
 //! the update.
 
+use super::dropout::Dropout;
 use super::low_rank::{down, outer, transposed, up, up_few};
-use super::{BlockLinear, host};
+use super::{BlockLinear, BlockView, host};
 use crate::arch::{Kernel, Part, Tokens8};
 use crate::flex::integer::{Product, multiply};
 use crate::flex::{Float, Packed, linear, slice};
@@ -25,6 +26,7 @@ struct Update {
     b: Float,
     scaling: f32,
     rank: usize,
+    dropout: Option<Dropout>,
 }
 
 /// The gradients of a low-rank update.
@@ -46,8 +48,20 @@ impl<'a> Linear<'a> {
                 b: host(&lora.b),
                 scaling: lora.scaling,
                 rank: lora.a.dims()[0],
+                dropout: None,
             }),
         }
+    }
+
+    /// The layers of a block, with its dropout.
+    pub(super) fn all(block: &BlockView<'a>) -> [Self; 7] {
+        let mut layers = block.linears.map(Linear::new);
+        for (i, layer) in layers.iter_mut().enumerate() {
+            if let (Some(update), Some(dropout)) = (&mut layer.lora, block.dropout) {
+                update.dropout = Some(dropout.of_layer(i as u64));
+            }
+        }
+        layers
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -64,8 +78,10 @@ impl<'a> Linear<'a> {
             let bias = slice::<f32>(bias);
             out.chunks_mut(bias.len()).for_each(|out| out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias));
         }
-        if let Some(Update { a, b, scaling, rank }) = &self.lora {
+        if let Some(Update { a, b, scaling, rank, dropout }) = &self.lora {
             let (mut low, b) = (Vec::new(), slice::<f32>(b));
+            let dropped = dropout.map(|dropout| dropout.apply(kernel, x));
+            let x = dropped.as_deref().unwrap_or(x);
             down(kernel, x, slice::<f32>(a), *rank, *scaling, &mut low);
             if low.len() < FEW * rank {
                 up_few(kernel, &low, b, *rank, out);
@@ -97,14 +113,23 @@ impl<'a> Linear<'a> {
                 None => linear::multiply_backward(dy, self.packed.rows(), *accumulate, dx),
             }
         }
-        let Some(Update { a, b, scaling, rank }) = &self.lora else { return };
+        let Some(Update { a, b, scaling, rank, dropout }) = &self.lora else { return };
         let (a, b) = (slice::<f32>(a), transposed(slice::<f32>(b), self.rows(), *rank));
         // `u = s x A^T` is what `B` sees, `du = s dy B` what `A` does.
         let (mut u, mut du) = (Vec::new(), Vec::new());
         down(kernel, dy, &b, *rank, *scaling, &mut du);
-        if let Some((dx, _)) = dx {
-            up(kernel, &du, a, *rank, dx);
+        match (dx, dropout) {
+            (Some((dx, _)), None) => up(kernel, &du, a, *rank, dx),
+            (Some((dx, _)), Some(dropout)) => {
+                let mut of_dropped = vec![0.0; dx.len()];
+                up(kernel, &du, a, *rank, &mut of_dropped);
+                let through = dropout.apply(kernel, &of_dropped);
+                dx.iter_mut().zip(through).for_each(|(dx, value)| *dx += value);
+            }
+            (None, _) => {}
         }
+        let dropped = dropout.filter(|_| gradient.is_some()).map(|dropout| dropout.apply(kernel, x));
+        let x = dropped.as_deref().unwrap_or(x);
         if let Some(gradient) = gradient {
             outer(kernel, &du, x, *rank, &mut gradient.a);
             down(kernel, x, a, *rank, *scaling, &mut u);

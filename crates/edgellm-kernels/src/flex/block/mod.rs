@@ -10,6 +10,7 @@
 
 mod attention;
 mod backward;
+mod dropout;
 mod linear;
 mod low_rank;
 mod pointwise;
@@ -25,6 +26,7 @@ use crate::matrix::{Lora, PackedMatrix};
 use crate::ops::AttentionParams;
 
 pub use backward::{BlockGradients, BlockTape, decoder_block_backward, decoder_block_recorded};
+pub use dropout::Dropout;
 pub use linear::LoraGradient;
 
 use linear::{Linear, apply};
@@ -65,6 +67,8 @@ pub struct BlockView<'a> {
     /// Cosines and sines, `[tokens, r]`, as for [`rope`](crate::rope), from the first token's position on; of the longest
     /// sequence.
     pub rope: Option<(&'a Tensor<2>, &'a Tensor<2>)>,
+    /// Dropout of the inputs of the low-rank updates, for tuning.
+    pub dropout: Option<Dropout>,
 }
 
 impl BlockView<'_> {
@@ -192,7 +196,7 @@ fn run(
     record: bool,
 ) {
     let kernel = Kernel::active();
-    let [q, k, v, o, gate, up, down] = block.linears.map(Linear::new);
+    let [q, k, v, o, gate, up, down] = Linear::all(block);
     let (width, tokens) = (q.cols(), lengths.iter().sum::<usize>());
     if tokens == 0 {
         return;

@@ -92,6 +92,9 @@ pub(crate) struct Adapt {
     /// Scale the adapter by alpha / sqrt(rank) (rank-stabilized LoRA)
     #[arg(long)]
     rslora: bool,
+    /// Share of the adapter's inputs that a step sets to zero, against learning by heart
+    #[arg(long, default_value_t = 0.0, value_name = "SHARE", allow_negative_numbers = true)]
+    lora_dropout: f32,
     #[command(flatten)]
     optimizer: OptimizerArgs,
     #[command(flatten)]
@@ -219,6 +222,7 @@ impl Adapt {
             exits: even_exits(n_blocks, self.exits).map_err(usage)?,
             window: self.window.unwrap_or(DEFAULT_WINDOW),
             lora,
+            lora_dropout: self.lora_dropout,
             train_exit_norms: true,
             learning_rate: optimizer.lr,
             exit_scale: optimizer.exit_scale.parse()?,

@@ -126,7 +126,7 @@ impl Adapt {
             "micro_tokens": config.micro_tokens, "exits": config.exits, "window": config.window,
             "exit_schedule": self.exit_schedule, "rank": config.lora.rank, "alpha": config.lora.alpha,
             "rslora": config.lora.use_rslora, "targets": config.lora.targets.to_string(),
-            "lr": config.learning_rate, "lr_schedule": self.optimizer.lr_schedule,
+            "lora_dropout": config.lora_dropout, "lr": config.learning_rate, "lr_schedule": self.optimizer.lr_schedule,
             "exit_scale": self.optimizer.exit_scale, "optimizer_state": config.adamw.state.name(),
             "warmup": config.warmup_steps, "weight_decay": config.adamw.weight_decay,
             "max_grad_norm": config.max_grad_norm, "seed": config.seed,

@@ -271,6 +271,7 @@ impl<'a> ModelBench<'a> {
             exits: even_exits(n_blocks, step.exits).map_err(usage)?,
             window: step.window.unwrap_or(n_blocks),
             lora: LoraConfig { rank: 8, alpha: 16.0, use_rslora: false, targets: Targets::all_linear() },
+            lora_dropout: 0.0,
             train_exit_norms: false,
             learning_rate: 1e-4,
             exit_scale: ExitScale::Equal,
