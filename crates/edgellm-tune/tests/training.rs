@@ -148,6 +148,22 @@ fn the_same_seed_gives_the_same_bits() {
 }
 
 #[test]
+fn buffers_do_not_grow_from_step_to_step() {
+    let decoder = decoder();
+    let exits = even_exits(decoder.n_blocks(), 2).unwrap();
+    let mut trainer = Trainer::new(&decoder, config(exits, 2), Box::new(Cyclic)).unwrap();
+    let mut after = |steps: usize| {
+        for _ in 0..steps {
+            trainer.train_step(&examples()).unwrap();
+        }
+        trainer.buffer_bytes()
+    };
+    let first = after(4);
+    assert!(first > 0);
+    assert_eq!(after(20), first);
+}
+
+#[test]
 fn a_fresh_adapter_changes_nothing() {
     let decoder = decoder();
     let config = config(even_exits(decoder.n_blocks(), 2).unwrap(), 1);
