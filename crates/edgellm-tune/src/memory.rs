@@ -21,7 +21,7 @@ use edgellm_model::adapter::LoraConfig;
 use edgellm_model::config::ModelConfig;
 use edgellm_model::decoder::HEAD_CHUNK;
 
-use crate::exits::window;
+use crate::exits::window as window_of;
 use crate::optimizer::StateType;
 use crate::{Keep, MICRO_TOKENS, TuneConfig, TuneError};
 
@@ -89,7 +89,7 @@ impl StepShape {
         let backward = t * (2 * f + d + 2 * q + 2 * k + norms);
         // The caches grow in steps of 64 positions.
         let caches = 2 * k * (t + 64);
-        let blocks = self.exits.iter().map(|&exit| self.window(exit, window).len()).max().unwrap_or(0) as u64;
+        let blocks = self.exits.iter().map(|&exit| window_of(exit, window).len()).max().unwrap_or(0) as u64;
         let kept = (keep.blocks() as u64).min(blocks);
         let tapes = blocks * t * d + kept * activations;
         let chunk = t.min(HEAD_CHUNK as u64);
@@ -105,7 +105,7 @@ impl StepShape {
     fn state_bytes(&self, window: usize) -> u64 {
         let mut trained = vec![false; self.n_blocks];
         for &exit in &self.exits {
-            trained[self.window(exit, window)].fill(true);
+            trained[window_of(exit, window)].fill(true);
         }
         let blocks = trained.iter().filter(|t| **t).count() as u64;
         let each = match self.state {
@@ -113,10 +113,6 @@ impl StepShape {
             StateType::Int8 => 3,
         };
         blocks * self.block_parameters * each + 8 * self.hidden * self.exits.len() as u64
-    }
-
-    fn window(&self, exit: usize, depth: usize) -> Range<usize> {
-        window(exit, depth)
     }
 
     /// The fastest way to run steps of `batch` tokens in examples of at most `longest` tokens in `budget` bytes.

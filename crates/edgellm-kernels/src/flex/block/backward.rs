@@ -37,17 +37,6 @@ pub struct BlockGradients {
     pub linears: [Option<LoraGradient>; 7],
 }
 
-impl BlockGradients {
-    /// Zeros for every low-rank update of a block.
-    pub fn zeros(block: &BlockView<'_>) -> Self {
-        let zeros = |lora: &crate::Lora| LoraGradient {
-            a: vec![0.0; lora.a.shape().num_elements()],
-            b: vec![0.0; lora.b.shape().num_elements()],
-        };
-        BlockGradients { linears: block.linears.map(|linear| linear.lora.map(zeros)) }
-    }
-}
-
 /// Buffers of the backward pass.
 #[derive(Default)]
 pub(super) struct Buffers {
