@@ -15,7 +15,7 @@ pub struct PolicyCost {
     pub bytes: u64,
     /// Mean bits per weight.
     pub bits_per_weight: f64,
-    /// Sum of the units' measured sensitivities; `None` if a unit has a format that was not measured.
+    /// Sum of the units' measured end-to-end sensitivities; `None` if a unit has a format that was not measured.
     pub sensitivity: Option<f64>,
 }
 
@@ -65,7 +65,7 @@ pub fn policy_cost(measurement: &Measurement, policy: &CompressionPolicy) -> Res
             found: "none".into(),
         })?;
         bytes = bytes.saturating_add(matrices_bytes(&unit.matrices, &format)?);
-        let measured = measurement.options.iter().position(|o| *o == format).and_then(|o| unit.sensitivity.get(o));
+        let measured = measurement.options.iter().position(|o| *o == format).and_then(|o| unit.kl.get(o));
         sensitivity = sensitivity.zip(measured).map(|(sum, s)| sum + s);
     }
     let weights = total_weights(measurement)?;

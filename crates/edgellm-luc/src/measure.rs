@@ -85,13 +85,17 @@ pub fn measure(
     units.splice(0..0, ends.drain(..1));
     units.append(&mut ends);
     check(&units, options)?;
-    for value in units.iter_mut().flat_map(|unit| &mut unit.sensitivity) {
-        *value = rounded(*value);
+    for unit in &mut units {
+        unit.local.iter_mut().for_each(|value| *value = rounded(*value));
+        unit.kl = unit.local.clone();
     }
     Ok(Measurement {
         format_version: Measurement::VERSION,
         model: format!("{}, {} blocks, hidden size {}", config.architecture.name, config.n_layers, config.hidden_size),
+        model_digest: String::new(),
+        compressor: compressor.name().into(),
         granularity,
+        compared_tokens: windows.iter().map(|w| w.len()).sum(),
         calibration_tokens: windows.iter().map(|w| w.len()).sum(),
         calibration_digest: calibration_digest(calibration),
         options: options.to_vec(),
@@ -101,7 +105,7 @@ pub fn measure(
 
 fn check(units: &[UnitMeasurement], options: &[LayerFormat]) -> Result<()> {
     for unit in units {
-        for (&value, option) in unit.sensitivity.iter().zip(options) {
+        for (&value, option) in unit.local.iter().zip(options) {
             if !value.is_finite() {
                 return Err(LucError::NotFinite { unit: unit.unit.to_string(), format: option.to_string(), value });
             }
@@ -189,7 +193,12 @@ impl Run<'_> {
             self.step(&unit.to_string());
         }
         let matrix = |p: &Projection| self.shape(p.weight_name(index), block.block.linear(*p).weight.shape());
-        Ok(UnitMeasurement { unit, matrices: projections.iter().map(matrix).collect(), sensitivity })
+        Ok(UnitMeasurement {
+            unit,
+            matrices: projections.iter().map(matrix).collect(),
+            local: sensitivity,
+            kl: Vec::new(),
+        })
     }
 
     /// Measures the embedding (with the head, if it is tied), and the head otherwise, in this order.
@@ -237,7 +246,12 @@ impl Run<'_> {
                 self.step(&unit.to_string());
             }
         }
-        Ok(UnitMeasurement { unit, matrices: vec![self.shape(name.into(), [rows, cols])], sensitivity })
+        Ok(UnitMeasurement {
+            unit,
+            matrices: vec![self.shape(name.into(), [rows, cols])],
+            local: sensitivity,
+            kl: Vec::new(),
+        })
     }
 
     fn shape(&self, name: String, [rows, cols]: [usize; 2]) -> MatrixShape {

@@ -17,7 +17,7 @@ fn run(decoder: &Decoder, options: &[LayerFormat], granularity: Granularity) -> 
 }
 
 fn of(measurement: &Measurement, unit: Unit, option: usize) -> f64 {
-    measurement.units.iter().find(|u| u.unit == unit).unwrap().sensitivity[option]
+    measurement.units.iter().find(|u| u.unit == unit).unwrap().local[option]
 }
 
 #[track_caller]
@@ -120,8 +120,8 @@ fn wider_is_better_f32_is_perfect_and_every_unit_comes_once() {
     for granularity in [Granularity::Block, Granularity::Linear] {
         let m = run(&decoder, &options, granularity);
         for unit in &m.units {
-            assert!(unit.sensitivity.windows(2).all(|pair| pair[0] > pair[1]), "{}: {:?}", unit.unit, unit.sensitivity);
-            assert_eq!(*unit.sensitivity.last().unwrap(), 0.0, "{}", unit.unit);
+            assert!(unit.local.windows(2).all(|pair| pair[0] > pair[1]), "{}: {:?}", unit.unit, unit.local);
+            assert_eq!(*unit.local.last().unwrap(), 0.0, "{}", unit.unit);
         }
         let weights: u64 = m.units.iter().flat_map(|u| &u.matrices).map(|s| s.weights()).sum();
         assert_eq!(weights, 288 * 64 + 4 * (64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 160));

@@ -14,13 +14,17 @@ fn measurement(options: Vec<LayerFormat>, sensitivity: &[&[f64]]) -> Measurement
     let units = sensitivity.iter().enumerate().map(|(i, s)| UnitMeasurement {
         unit: unit(i),
         matrices: vec![MatrixShape { name: format!("w{i}"), rows: rows(i), cols: 64 }],
-        sensitivity: s.to_vec(),
+        local: s.to_vec(),
+        kl: s.to_vec(),
     });
     Measurement {
         format_version: Measurement::VERSION,
         model: "made up".into(),
+        model_digest: String::new(),
+        compressor: "rtn".into(),
         granularity: Granularity::Block,
         calibration_tokens: 1,
+        compared_tokens: 1,
         calibration_digest: String::new(),
         options,
         units: units.collect(),
@@ -202,8 +206,8 @@ fn broken_measurements_are_refused() {
     };
     refused(&|m| m.options.clear(), "at least one option");
     refused(&|m| m.units.clear(), "one unit");
-    refused(&|m| m.units[1].sensitivity.truncate(1), "one per option");
-    refused(&|m| m.units[1].sensitivity[0] = f64::NAN, "finite");
+    refused(&|m| m.units[1].kl.truncate(1), "one per option");
+    refused(&|m| m.units[1].local[0] = f64::NAN, "finite");
     refused(&|m| m.units[1].matrices.clear(), "matrices of block.0");
     refused(&|m| m.units[1].matrices[0].rows = usize::MAX, "counted");
     refused(&|m| m.options[0].bit_width = 7, "7");

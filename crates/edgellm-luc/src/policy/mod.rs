@@ -63,12 +63,14 @@ fn check(measurement: &Measurement) -> Result<(), ModelError> {
     }
     for unit in &measurement.units {
         let what = format!("sensitivities of {}", unit.unit);
-        if unit.sensitivity.len() != measurement.options.len() {
-            let found = format!("{} for {} options", unit.sensitivity.len(), measurement.options.len());
-            return bad(what, "one per option", found);
-        }
-        if let Some(s) = unit.sensitivity.iter().find(|s| !s.is_finite() || **s < 0.0) {
-            return bad(what, "finite numbers that are not negative", s.to_string());
+        for sensitivity in [&unit.local, &unit.kl] {
+            if sensitivity.len() != measurement.options.len() {
+                let found = format!("{} for {} options", sensitivity.len(), measurement.options.len());
+                return bad(what, "one per option", found);
+            }
+            if let Some(s) = sensitivity.iter().find(|s| !s.is_finite() || **s < 0.0) {
+                return bad(what, "finite numbers that are not negative", s.to_string());
+            }
         }
         if unit.matrices.iter().any(|m| m.rows == 0 || m.cols == 0) || unit.matrices.is_empty() {
             return bad(format!("matrices of {}", unit.unit), "at least one, none of them empty", "otherwise".into());

@@ -97,7 +97,7 @@ impl Paper {
         }
         let probe = probe(measurement, self.target_sparsity)?;
         let decoder: Vec<usize> = decoder_units(measurement);
-        let s: Vec<f64> = decoder.iter().map(|&u| measurement.units[u].sensitivity[probe]).collect();
+        let s: Vec<f64> = decoder.iter().map(|&u| measurement.units[u].local[probe]).collect();
         let weights: Vec<f64> = decoder.iter().map(|&u| unit_weights(measurement, u)).collect();
         let allocated = allocate_sparsity(&s, &weights, self.target_sparsity, self.p_max)?;
         for (unit, p) in decoder.into_iter().zip(allocated) {
@@ -110,13 +110,13 @@ impl Paper {
     fn formats(&self, measurement: &Measurement, base: usize, sparsity: &[f64]) -> Vec<LayerFormat> {
         let decoder = decoder_units(measurement);
         let weighted: f64 =
-            decoder.iter().map(|&u| unit_weights(measurement, u) * measurement.units[u].sensitivity[base]).sum();
+            decoder.iter().map(|&u| unit_weights(measurement, u) * measurement.units[u].local[base]).sum();
         let weights: f64 = decoder.iter().map(|&u| unit_weights(measurement, u)).sum();
         let mean = weighted / weights;
         let low = measurement.options[base];
         let high = widen(low, self.step);
         let units = measurement.units.iter().zip(sparsity);
-        units.map(|(unit, &p)| if unit.sensitivity[base] > mean { high } else { low }.with_sparsity_if(p)).collect()
+        units.map(|(unit, &p)| if unit.local[base] > mean { high } else { low }.with_sparsity_if(p)).collect()
     }
 }
 

@@ -8,7 +8,7 @@ use super::knapsack::{Item, select};
 use super::{check, infeasible, no_budget, policy};
 use crate::cost::{byte_limit, matrices_bytes};
 
-/// Minimises the sum of the units' sensitivities under the budget, over all measured options.
+/// Minimises the sum of the units' end-to-end sensitivities under the budget, over all measured options.
 ///
 /// Sensitivities are added up as if units did not influence each other. Budgets in bits per weight and in bytes may be
 /// given together; both hold then.
@@ -31,7 +31,7 @@ pub struct Solution {
     pub policy: CompressionPolicy,
     /// Bytes of all units.
     pub bytes: u64,
-    /// Sum of the units' sensitivities.
+    /// Sum of the units' end-to-end sensitivities.
     pub sensitivity: f64,
     /// No policy is better than `sensitivity - gap`; 0 where this is the best.
     pub gap: f64,
@@ -47,7 +47,7 @@ impl Solve {
         let limit = byte_limit(measurement, budget)?.ok_or_else(|| no_budget("solve", ""))?;
         let mut classes = Vec::with_capacity(measurement.units.len());
         for unit in &measurement.units {
-            let items = measurement.options.iter().zip(&unit.sensitivity);
+            let items = measurement.options.iter().zip(&unit.kl);
             let item = |(option, &damage)| Ok(Item { bytes: matrices_bytes(&unit.matrices, option)?, damage });
             classes.push(items.map(item).collect::<Result<Vec<_>, ModelError>>()?);
         }

@@ -106,7 +106,7 @@ pub(crate) fn sensitivities(measurement: &Measurement) -> String {
     let names: Vec<String> = shown.iter().map(|&i| measurement.options[i].to_string()).collect();
     let header: Vec<&str> = std::iter::once("unit").chain(names.iter().map(String::as_str)).collect();
     let row = |unit: &edgellm::model::values::UnitMeasurement| {
-        let values = shown.iter().map(|&i| unit.sensitivity.get(i).map_or("-".into(), |s| format!("{s:.2e}")));
+        let values = shown.iter().map(|&i| unit.kl.get(i).map_or("-".into(), |s| format!("{s:.2e}")));
         std::iter::once(unit.unit.to_string()).chain(values).collect()
     };
     table(&header, &measurement.units.iter().map(row).collect::<Vec<_>>())

@@ -167,7 +167,7 @@ impl Plan {
             let size = matrices_bytes(&unit.matrices, &format)?;
             let bits = bits_per_weight(size, unit.matrices.iter().map(MatrixShape::weights).sum());
             let option = measurement.options.iter().position(|o| *o == format);
-            let sensitivity = option.and_then(|o| unit.sensitivity.get(o)).copied();
+            let sensitivity = option.and_then(|o| unit.kl.get(o)).copied();
             rows.push(vec![
                 unit.unit.to_string(),
                 format.to_string(),
