@@ -52,7 +52,8 @@ pub use flex::{
     decoder_block_uncached, head_loss, kernels, log_softmax_row,
 };
 pub use format::{
-    Arrangement, FAMILIES, Family, Format, PackedLayout, QuantFormat, RoundingGoal, ScaleType, SparsePattern,
+    Arrangement, Compensation, FAMILIES, Family, Format, InputGram, PackedLayout, QuantFormat, RoundingGoal, ScaleType,
+    SparsePattern, prune_compensated,
 };
 pub use host::PackedHost;
 pub use matrix::{Lora, PackedMatrix};

@@ -23,6 +23,16 @@ pub enum LucError {
         /// What was missing.
         expected: &'static str,
     },
+    /// A weight of the model is NaN or infinite.
+    #[error("tensor '{tensor}' holds {value} at element {at}; expected finite weights")]
+    Weights {
+        /// The tensor's Hugging Face name.
+        tensor: String,
+        /// Index of the element, row-major.
+        at: usize,
+        /// What it holds.
+        value: f32,
+    },
     /// A sensitivity came out as infinity or no number: the model's activations overflow.
     #[error("the sensitivity of {unit} in format {format} is {value}, not a finite number")]
     NotFinite {

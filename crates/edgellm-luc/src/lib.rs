@@ -24,7 +24,7 @@
 //! let policy = Solve::default().solve(&measurement, &budget)?;
 //! assert!(policy_cost(&measurement, &policy)?.bits_per_weight <= 5.0);
 //!
-//! let compressed = compress_decoder(&decoder, &policy, &Rtn)?;
+//! let compressed = compress_decoder(&decoder, &policy, &Rtn, &[])?;
 //! assert_eq!(compressed.forward(&[1, 2, 3], None, None)?.dims(), [3, 288]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -32,22 +32,28 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+mod calibrate;
+mod compressors;
 mod cost;
 mod digest;
 mod error;
 mod measure;
 mod merge;
+mod outputs;
 mod policy;
 mod progress;
 mod rtn;
+mod search;
 mod weights;
 
-pub use apply::{Applied, compress_decoder, compress_model, uniform_policy};
+pub use apply::{Applied, Compression, compress_decoder, compress_model, uniform_policy};
+pub use compressors::{Gptq, ScaleSearch, Wanda};
 pub use cost::{PolicyCost, bits_per_weight, matrices_bytes, policy_cost, total_weights};
-pub use digest::{calibration_digest, measurement_digest};
+pub use digest::{calibration_digest, measurement_digest, model_digest};
 pub use error::{LucError, Result};
-pub use measure::measure;
+pub use measure::{Trials, measure};
 pub use merge::{Aim, InputMoments, MergeOptions, Merged, MergedMatrix, merge_adapter};
 pub use policy::{Item, Paper, Selection, Solution, Solve, Uniform, allocate_sparsity, option_grid, select};
 pub use progress::Progress;
 pub use rtn::{Rtn, pruned_per_row};
+pub use search::{Search, Searched};

@@ -1,6 +1,6 @@
-//! Sensitivities: how much each unit's output changes when only its own weights are compressed.
+//! Sensitivities: what compressing one unit alone changes, close by and at the end.
 //!
-//! For unit `l` and option `o`, on calibration tokens `t`:
+//! **Local.** For unit `l` and option `o`, on tokens `t`:
 //!
 //! `S_l(o) = mean_t [ MSE_i(f_l^o(x_t)_i, f_l(x_t)_i) / Var_i(f_l(x_t)_i) ]`
 //!
@@ -16,102 +16,122 @@
 //!   sees, behind an RMSNorm that looks only at proportions, so the error relative to the stream is what counts; relative
 //!   to the update alone, a block that adds little would weigh as much as one that adds all. With granularity `linear`,
 //!   `f` is the same output with only one projection compressed: relative to the projection's own output, a small key
-//!   projection would weigh as much as the whole embedding. On SmolLM2-135M at the same bits per weight, policies
-//!   solved with any of these alternatives leave a clearly larger KL divergence from the original model.
+//!   projection would weigh as much as the whole embedding.
 //! - The embedding's output is the row of each calibration token, so rows weigh as often as they occur. Where the head
 //!   is tied to it, the two normalised errors are added. The head's output is the logits on the final hidden states.
 //!
-//! Blocks are taken one by one with the hidden states of all calibration tokens, the vocabulary in chunks of rows:
-//! memory is the model, those states and a few copies of one block in f32.
+//! **End to end.** `K_l(o) = mean_t KL(p(.|t) || p_o(.|t))` with only unit `l` compressed: its outputs run through the
+//! rest of the model. Counted are the tokens of the second half of every window, which have seen some text.
+//!
+//! Compressors that look at inputs get the moments of the whole calibration text; outputs are compared on a part of it (the
+//! beginnings of some windows), because every option of every unit runs through all later blocks.
+//!
+//! Blocks are taken one by one with the hidden states of all calibration tokens: memory is the model, those states, the
+//! base's log-probabilities of the counted tokens and a few copies of one block in f32.
 
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
+use edgellm_kernels::{InputGram, PackedHost};
 use edgellm_model::ModelError;
-use edgellm_model::decoder::Decoder;
+use edgellm_model::decoder::{Decoder, Linear, Weight};
 use edgellm_model::generate::to_vec;
 use edgellm_model::traits::Compressor;
 use edgellm_model::values::{
     Granularity, LayerFormat, MatrixShape, Measurement, Projection, Unit, UnitMeasurement, Value,
 };
 
+use crate::calibrate::{DAMPING, Site, States, TIED_DAMPING};
 use crate::digest::calibration_digest;
 use crate::error::{LucError, Result};
+use crate::outputs::Outputs;
 use crate::progress::Progress;
 use crate::weights::{DenseBlock, HostWeight, tensor};
 
 /// Rows of the vocabulary that are held as f32 at a time.
 const VOCAB_CHUNK: usize = 4096;
+/// Tokens of all options that run through the rest of the model together, about.
+const TOGETHER: usize = 4096;
+
+/// What is measured, and how.
+#[derive(Clone, Copy)]
+pub struct Trials<'a> {
+    /// The formats to try.
+    pub options: &'a [LayerFormat],
+    /// Whole blocks or single projections.
+    pub granularity: Granularity,
+    /// What brings a matrix into a format.
+    pub compressor: &'a dyn Compressor,
+    /// Windows of token ids that do not see each other.
+    pub calibration: &'a [Vec<u32>],
+    /// Windows whose outputs are compared, evenly spaced among all.
+    pub compared_windows: usize,
+    /// Tokens from the beginning of a compared window.
+    pub compared_length: usize,
+}
+
+impl Trials<'_> {
+    /// The windows that outputs are compared on.
+    fn compared(&self) -> Vec<Vec<u32>> {
+        let windows: Vec<&Vec<u32>> = self.calibration.iter().filter(|w| !w.is_empty()).collect();
+        let n = self.compared_windows.clamp(1, windows.len().max(1));
+        let pick = |i: usize| &windows[i * windows.len() / n];
+        (0..n).map(|i| pick(i).iter().copied().take(self.compared_length.max(2)).collect()).collect()
+    }
+}
 
 /// Measures the sensitivity of every unit for every option.
 ///
-/// `calibration` is one list of token ids per window; windows do not see each other. The result's `model` describes
-/// the architecture; set it to the model's name if there is one.
+/// The model should compute with f32 activations: rounding them hides small differences. The result's `model` describes the
+/// architecture; set it, and `model_digest`, if there are files.
+///
+/// `known` are units that were measured before with the same trials; they are not measured again. `unit_done` is called
+/// with all units so far after each new one, in the order of the result, so that a run that is killed can go on.
 ///
 /// # Errors
-/// No option, no token, an id outside the vocabulary, a format that does not exist, weights that cannot be read or
-/// packed, or activations that overflow.
+/// No option, no token, an id outside the vocabulary, a format that does not exist, weights that are not finite, cannot be
+/// read or packed, or activations that overflow; or `unit_done` fails.
 pub fn measure(
     decoder: &Decoder,
-    options: &[LayerFormat],
-    granularity: Granularity,
-    calibration: &[Vec<u32>],
-    compressor: &dyn Compressor,
+    trials: &Trials<'_>,
+    known: &[UnitMeasurement],
+    unit_done: &mut dyn FnMut(&[UnitMeasurement]) -> Result<()>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Measurement> {
-    if options.is_empty() {
+    if trials.options.is_empty() {
         return Err(LucError::Nothing { expected: "at least one format" });
     }
-    if calibration.iter().all(Vec::is_empty) {
-        return Err(LucError::Nothing { expected: "at least one calibration token" });
-    }
-    for option in options {
+    for option in trials.options {
         option.packed()?;
     }
     let config = decoder.config();
-    let windows: Vec<&[u32]> = calibration.iter().map(Vec::as_slice).filter(|w| !w.is_empty()).collect();
-    let hidden = windows.iter().map(|w| decoder.embed(&[w])).collect::<Result<Vec<_>, ModelError>>()?;
-    let per_block = if granularity == Granularity::Linear { Projection::ALL.len() } else { 1 };
+    let all = States::embed(decoder, trials.calibration)?;
+    let compared = trials.compared();
+    let states = States::embed(decoder, &compared)?;
+    let per_block = if trials.granularity == Granularity::Linear { Projection::ALL.len() } else { 1 };
     let matrices = if decoder.is_head_tied() { 1 } else { 2 };
-    let chunks = config.vocab_size.div_ceil(VOCAB_CHUNK) * matrices;
-    let total = options.len() * (config.n_layers * per_block + chunks);
-    let mut run = Run { decoder, options, compressor, progress, done: 0, total };
-
-    let embedded = flatten(&hidden);
-    let mut units = Vec::new();
-    let last = run.blocks(hidden, granularity, &mut units)?;
-    let normed = decoder.exit_norm(flatten(&last), config.n_layers, None);
-    let mut ends = run.vocabulary(&windows.concat(), embedded, normed)?;
-    units.splice(0..0, ends.drain(..1));
-    units.append(&mut ends);
-    check(&units, options)?;
-    for unit in &mut units {
-        unit.local.iter_mut().for_each(|value| *value = rounded(*value));
-        unit.kl = unit.local.clone();
-    }
+    let total = trials.options.len() * (config.n_layers * per_block + matrices);
+    let base = Outputs::of(decoder, states.clone().run_rest(decoder, 0)?)?;
+    let mut run = Run { decoder, trials, base, known, units: Vec::new(), unit_done, progress, done: 0, total };
+    // Known units are in order; the ends come last.
+    let (last_all, last) = run.blocks(all, states.clone())?;
+    run.ends(&compared, &states, &last_all, &last)?;
+    let mut units = run.units;
+    let position = units.iter().position(|u| u.unit == Unit::Embedding).unwrap_or(0);
+    let embedding = units.remove(position);
+    units.insert(0, embedding);
     Ok(Measurement {
         format_version: Measurement::VERSION,
         model: format!("{}, {} blocks, hidden size {}", config.architecture.name, config.n_layers, config.hidden_size),
         model_digest: String::new(),
-        compressor: compressor.name().into(),
-        granularity,
-        compared_tokens: windows.iter().map(|w| w.len()).sum(),
-        calibration_tokens: windows.iter().map(|w| w.len()).sum(),
-        calibration_digest: calibration_digest(calibration),
-        options: options.to_vec(),
+        compressor: trials.compressor.name().into(),
+        granularity: trials.granularity,
+        calibration_tokens: trials.calibration.iter().map(Vec::len).sum(),
+        compared_tokens: compared.iter().map(Vec::len).sum(),
+        calibration_digest: calibration_digest(trials.calibration),
+        options: trials.options.to_vec(),
         units,
     })
-}
-
-fn check(units: &[UnitMeasurement], options: &[LayerFormat]) -> Result<()> {
-    for unit in units {
-        for (&value, option) in unit.local.iter().zip(options) {
-            if !value.is_finite() {
-                return Err(LucError::NotFinite { unit: unit.unit.to_string(), format: option.to_string(), value });
-            }
-        }
-    }
-    Ok(())
 }
 
 /// `value` to nine significant digits, none behind the 22nd decimal place. Activations are f32, so no more of them mean
@@ -125,8 +145,11 @@ fn rounded(value: f64) -> f64 {
 
 struct Run<'a> {
     decoder: &'a Decoder,
-    options: &'a [LayerFormat],
-    compressor: &'a dyn Compressor,
+    trials: &'a Trials<'a>,
+    base: Outputs,
+    known: &'a [UnitMeasurement],
+    units: Vec<UnitMeasurement>,
+    unit_done: &'a mut dyn FnMut(&[UnitMeasurement]) -> Result<()>,
     progress: &'a mut dyn FnMut(Progress<'_>),
     done: usize,
     total: usize,
@@ -138,125 +161,180 @@ impl Run<'_> {
         (self.progress)(Progress { done: self.done, total: self.total, what });
     }
 
-    /// Measures all blocks; returns the hidden states behind the last.
-    fn blocks(
-        &mut self,
-        mut hidden: Vec<Tensor<3>>,
-        granularity: Granularity,
-        units: &mut Vec<UnitMeasurement>,
-    ) -> Result<Vec<Tensor<3>>> {
-        for index in 0..self.decoder.n_blocks() {
-            let block = DenseBlock::new(&self.decoder.store().block(index)?, self.decoder.device())?;
-            let run = |x: &Tensor<3>| self.decoder.run_block(&block.block, index, x.clone(), None);
-            let outputs: Vec<Tensor<3>> = hidden.iter().map(run).collect();
-            let weight = TokenWeights::of(&flatten(&outputs))?;
-            match granularity {
-                Granularity::Block => {
-                    units.push(self.part(
-                        Unit::Block(index),
-                        index,
-                        &block,
-                        &Projection::ALL,
-                        (&hidden, &outputs, &weight),
-                    )?);
-                }
-                Granularity::Linear => {
-                    for projection in Projection::ALL {
-                        let unit = Unit::Linear(index, projection);
-                        units.push(self.part(unit, index, &block, &[projection], (&hidden, &outputs, &weight))?);
-                    }
-                }
-            }
-            hidden = outputs;
-        }
-        Ok(hidden)
+    /// Takes a unit over that was measured before.
+    fn take_known(&mut self, unit: Unit) -> bool {
+        let known = self.known.iter().find(|known| known.unit == unit);
+        let options = self.trials.options.len();
+        let Some(known) = known.filter(|k| k.local.len() == options && k.kl.len() == options) else { return false };
+        self.units.push(known.clone());
+        self.done += options;
+        (self.progress)(Progress { done: self.done, total: self.total, what: "measured before" });
+        true
     }
 
-    /// Measures one unit: the given projections of a block, from the block's inputs, outputs and their weights.
-    fn part(
+    fn push(&mut self, unit: Unit, matrices: Vec<MatrixShape>, mut local: Vec<f64>, mut kl: Vec<f64>) -> Result<()> {
+        for values in [&mut local, &mut kl] {
+            for (value, option) in values.iter_mut().zip(self.trials.options) {
+                // Divergences are sums of differences: rounding may leave a little less than nothing.
+                *value = rounded(if *value > -1e-9 { value.max(0.0) } else { *value });
+                if !value.is_finite() || *value < 0.0 {
+                    let (unit, format) = (unit.to_string(), option.to_string());
+                    return Err(LucError::NotFinite { unit, format, value: *value });
+                }
+            }
+        }
+        self.units.push(UnitMeasurement { unit, matrices, local, kl });
+        (self.unit_done)(&self.units)
+    }
+
+    /// Measures all blocks; returns the states behind the last, of all tokens and of the compared ones.
+    fn blocks(&mut self, mut all: States, mut compared: States) -> Result<(States, States)> {
+        let needs_inputs = self.trials.compressor.needs_inputs();
+        for index in 0..self.decoder.n_blocks() {
+            let block = DenseBlock::new(&self.decoder.store().block(index)?, self.decoder.device())?;
+            block.check_finite(index)?;
+            let parts: Vec<(Unit, Vec<Projection>)> = match self.trials.granularity {
+                Granularity::Block => vec![(Unit::Block(index), Projection::ALL.to_vec())],
+                Granularity::Linear => Projection::ALL.map(|p| (Unit::Linear(index, p), vec![p])).to_vec(),
+            };
+            let open: Vec<_> = parts.into_iter().filter(|(unit, _)| !self.take_known(*unit)).collect();
+            let mut grams = Vec::new();
+            if needs_inputs {
+                let sites: &[Site] = if open.is_empty() { &[] } else { &Site::ALL };
+                (all, grams) = all.observe(self.decoder, &block.block, index, sites)?;
+            }
+            let outputs = compared.run(self.decoder, &block.block, index);
+            let gram = |p: Projection| grams.get(Site::of(p) as usize);
+            for (unit, projections) in open {
+                self.part(unit, index, &block, &projections, &gram, (&compared, &outputs))?;
+            }
+            compared = outputs;
+        }
+        Ok((all, compared))
+    }
+
+    /// Measures one unit: the given projections of a block, from the block's inputs and outputs.
+    fn part<'g>(
         &mut self,
         unit: Unit,
         index: usize,
         block: &DenseBlock,
         projections: &[Projection],
-        (inputs, outputs, weight): (&[Tensor<3>], &[Tensor<3>], &TokenWeights),
-    ) -> Result<UnitMeasurement> {
-        let mut sensitivity = Vec::with_capacity(self.options.len());
-        for option in self.options {
-            let compressed = block.with_format(projections, option, self.compressor, self.decoder.device())?;
-            let error = |(x, y): (&Tensor<3>, &Tensor<3>)| {
-                self.decoder.run_block(&compressed, index, x.clone(), None).sub(y.clone())
+        gram: &dyn Fn(Projection) -> Option<&'g InputGram>,
+        (inputs, outputs): (&States, &States),
+    ) -> Result<()> {
+        let decoder = self.decoder;
+        let weight = TokenWeights::of(&outputs.flat())?;
+        let (mut local, mut kl) = (Vec::new(), Vec::new());
+        let at_once = (TOGETHER / inputs.tokens()).max(1);
+        for options in self.trials.options.chunks(at_once) {
+            let mut results = Vec::with_capacity(options.len());
+            for option in options {
+                let compressor = self.trials.compressor;
+                let compressed = block.with_format(projections, option, compressor, gram, decoder.device())?;
+                let result = inputs.run(decoder, &compressed, index);
+                let error = weight.scale(result.flat().sub(outputs.flat()));
+                local.push(sum_of_squares(error.clone())? / error.shape().num_elements() as f64);
+                results.push(result);
+                self.step(&unit.to_string());
+            }
+            for last in States::run_rest_together(results, decoder, index + 1)? {
+                kl.push(self.base.divergence(&Outputs::of(decoder, last)?));
+            }
+        }
+        let matrix = |p: &Projection| shape(p.weight_name(index), block.block.linear(*p).weight.shape());
+        self.push(unit, projections.iter().map(matrix).collect(), local, kl)
+    }
+
+    /// Measures the embedding (with the head, if it is tied), and the head otherwise.
+    fn ends(&mut self, compared: &[Vec<u32>], embedded: &States, last_all: &States, last: &States) -> Result<()> {
+        let decoder = self.decoder;
+        let tied = decoder.is_head_tied();
+        let needs_inputs = self.trials.compressor.needs_inputs();
+        let damping = if tied { TIED_DAMPING } else { DAMPING };
+        let inputs = if needs_inputs { Some(last_all.observe_head(decoder, damping)?) } else { None };
+        let normed = decoder.exit_norm(last.flat(), decoder.n_blocks(), None);
+        if !self.take_known(Unit::Embedding) {
+            let rows = HostWeight::new(decoder.embedding())?;
+            let lookup = Lookup::new(&compared.concat(), &embedded.flat())?;
+            let logits = if tied { Some(Logits::new(&rows, normed.clone())?) } else { None };
+            // An embedding alone is looked up: its rows have no inputs, and all columns weigh the same.
+            let flat = if needs_inputs && !tied { Some(flat_moments(rows.shape()[1])?) } else { None };
+            let inputs = if tied { inputs.as_ref() } else { flat.as_ref() };
+            let rest = |weight: Weight| {
+                let other = decoder.clone().with_embedding(weight);
+                Outputs::of(&other, States::embed(&other, compared)?.run_rest(&other, 0)?)
             };
-            let errors: Vec<Tensor<3>> = inputs.iter().zip(outputs).map(error).collect();
-            let error = weight.scale(flatten(&errors));
-            sensitivity.push(sum_of_squares(error.clone())? / error.shape().num_elements() as f64);
-            self.step(&unit.to_string());
+            let name = "model.embed_tokens.weight";
+            self.end(Unit::Embedding, name, &rows, inputs, (Some(&lookup), logits.as_ref()), &rest)?;
         }
-        let matrix = |p: &Projection| self.shape(p.weight_name(index), block.block.linear(*p).weight.shape());
-        Ok(UnitMeasurement {
-            unit,
-            matrices: projections.iter().map(matrix).collect(),
-            local: sensitivity,
-            kl: Vec::new(),
-        })
+        if let Some(head) = decoder.untied_head()
+            && !self.take_known(Unit::Head)
+        {
+            let rows = HostWeight::new(&head.weight)?;
+            let logits = Logits::new(&rows, normed)?;
+            let rest = |weight: Weight| {
+                let other = decoder.clone().with_head(Linear { weight, bias: head.bias.clone() });
+                Outputs::of(&other, last.clone())
+            };
+            self.end(Unit::Head, "lm_head.weight", &rows, inputs.as_ref(), (None, Some(&logits)), &rest)?;
+        }
+        Ok(())
     }
 
-    /// Measures the embedding (with the head, if it is tied), and the head otherwise, in this order.
-    fn vocabulary(&mut self, ids: &[u32], embedded: Tensor<2>, normed: Tensor<2>) -> Result<Vec<UnitMeasurement>> {
-        let rows = HostWeight::new(self.decoder.embedding())?;
-        let tied = self.decoder.is_head_tied();
-        let lookup = Lookup::new(ids, &embedded)?;
-        let head = if tied { None } else { Some(HostWeight::new(self.decoder.head())?) };
-        let logits = Logits::new(head.as_ref().unwrap_or(&rows), normed)?;
-        let mut units = vec![self.vocabulary_unit(
-            Unit::Embedding,
-            "model.embed_tokens.weight",
-            &rows,
-            Some(&lookup),
-            tied.then_some(&logits),
-        )?];
-        if let Some(head) = &head {
-            units.push(self.vocabulary_unit(Unit::Head, "lm_head.weight", head, None, Some(&logits))?);
-        }
-        Ok(units)
-    }
-
-    fn vocabulary_unit(
+    fn end(
         &mut self,
         unit: Unit,
         name: &str,
         weight: &HostWeight,
-        lookup: Option<&Lookup>,
-        logits: Option<&Logits>,
-    ) -> Result<UnitMeasurement> {
+        inputs: Option<&InputGram>,
+        (lookup, logits): (Option<&Lookup>, Option<&Logits>),
+        rest: &dyn Fn(Weight) -> Result<Outputs>,
+    ) -> Result<()> {
         let [rows, cols] = weight.shape();
-        let mut sensitivity = vec![0.0; self.options.len()];
-        for start in (0..rows).step_by(VOCAB_CHUNK) {
-            let range = start..rows.min(start + VOCAB_CHUNK);
-            let original = weight.rows(range.clone())?;
-            for (option, sum) in self.options.iter().zip(&mut sensitivity) {
-                let compressed = self.compressor.compress(&original, range.len(), cols, option)?.dequantize();
+        let values = weight.values()?;
+        crate::weights::check_finite(name, &values)?;
+        let (mut local, mut kl) = (Vec::new(), Vec::new());
+        for option in self.trials.options {
+            let packed = self.trials.compressor.compress(&values, rows, cols, option, inputs)?;
+            let mut sum = 0.0;
+            for start in (0..rows).step_by(VOCAB_CHUNK) {
+                let range = start..rows.min(start + VOCAB_CHUNK);
+                let original = &values[range.start * cols..range.end * cols];
+                let compressed = rows_of(&packed, range.clone());
                 if let Some(lookup) = lookup {
-                    *sum += lookup.error(range.start, &original, &compressed, cols);
+                    sum += lookup.error(range.start, original, &compressed, cols);
                 }
                 if let Some(logits) = logits {
-                    let error = product_error(&logits.scaled, &original, compressed, [range.len(), cols])?;
-                    *sum += error / (logits.scaled.dims()[0] * rows) as f64;
+                    let error = product_error(&logits.scaled, original, compressed, [range.len(), cols])?;
+                    sum += error / (logits.scaled.dims()[0] * rows) as f64;
                 }
-                self.step(&unit.to_string());
             }
+            local.push(sum);
+            kl.push(self.base.divergence(&rest(Weight::Packed(packed.to_device(self.decoder.device())))?));
+            self.step(&unit.to_string());
         }
-        Ok(UnitMeasurement {
-            unit,
-            matrices: vec![self.shape(name.into(), [rows, cols])],
-            local: sensitivity,
-            kl: Vec::new(),
-        })
+        self.push(unit, vec![shape(name.into(), [rows, cols])], local, kl)
     }
+}
 
-    fn shape(&self, name: String, [rows, cols]: [usize; 2]) -> MatrixShape {
-        MatrixShape { name, rows, cols }
+fn shape(name: String, [rows, cols]: [usize; 2]) -> MatrixShape {
+    MatrixShape { name, rows, cols }
+}
+
+fn rows_of(packed: &PackedHost, range: std::ops::Range<usize>) -> Vec<f32> {
+    let cols = packed.layout.cols;
+    let mut out = vec![0.0; range.len() * cols];
+    for (row, out) in range.zip(out.chunks_mut(cols)) {
+        packed.dequantize_row(row, out);
     }
+    out
+}
+
+/// The moments of inputs of which nothing is known: all columns alike and unrelated.
+pub(crate) fn flat_moments(cols: usize) -> Result<InputGram> {
+    let identity = (0..cols * cols).map(|i| if i / cols == i % cols { 1.0 } else { 0.0 }).collect();
+    Ok(InputGram::new(cols, identity, DAMPING).map_err(ModelError::from)?)
 }
 
 /// `1 / sqrt(Var_t)` of every token.
@@ -362,15 +440,6 @@ fn product_error(x: &Tensor<2>, original: &[f32], mut compressed: Vec<f32>, shap
 fn sum_of_squares(x: Tensor<2>) -> Result<f64> {
     let rows = to_vec(x.clone().mul(x).sum_dim(1))?;
     Ok(rows.into_iter().map(f64::from).sum())
-}
-
-/// Hidden states of several windows as one matrix, a row per token.
-fn flatten(windows: &[Tensor<3>]) -> Tensor<2> {
-    let rows = windows.iter().map(|x| {
-        let [batch, tokens, d] = x.dims();
-        x.clone().reshape([batch * tokens, d])
-    });
-    Tensor::cat(rows.collect(), 0)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! ([`PackedHost::quantize`] states the rounding). A pruned weight decodes to exactly 0: sparse formats do not store
 //! it, and symmetric codes hold zero exactly.
 
-use edgellm_kernels::{PackedHost, PackedLayout};
+use edgellm_kernels::{InputGram, PackedHost, PackedLayout};
 use edgellm_model::ModelError;
 use edgellm_model::traits::Compressor;
 use edgellm_model::values::LayerFormat;
@@ -20,12 +20,17 @@ impl Compressor for Rtn {
         "rtn"
     }
 
+    fn needs_inputs(&self) -> bool {
+        false
+    }
+
     fn compress(
         &self,
         values: &[f32],
         rows: usize,
         cols: usize,
         format: &LayerFormat,
+        _inputs: Option<&InputGram>,
     ) -> Result<PackedHost, ModelError> {
         let layout = PackedLayout::new(rows, cols, format.packed()?)?;
         if format.sparsity == 0.0 {
@@ -92,7 +97,7 @@ mod tests {
             let format = if bits < 16 { LayerFormat::quantized(bits, 32, true) } else { LayerFormat::float(bits) };
             let format = format.with_sparsity(0.4);
             let source = values(rows * cols);
-            let packed = Rtn.compress(&source, rows, cols, &format).unwrap();
+            let packed = Rtn.compress(&source, rows, cols, &format, None).unwrap();
             let back = packed.dequantize();
             for (row, source) in back.chunks(cols).zip(source.chunks(cols)) {
                 let mut magnitudes: Vec<f32> = source.iter().map(|v| v.abs()).collect();
@@ -120,7 +125,7 @@ mod tests {
                     let format =
                         if bits < 16 { LayerFormat::quantized(bits, 32, symmetric) } else { LayerFormat::float(bits) };
                     let format = format.with_n_of_m(pattern);
-                    let packed = Rtn.compress(&source, rows, cols, &format).unwrap();
+                    let packed = Rtn.compress(&source, rows, cols, &format, None).unwrap();
                     let (n, m) = pattern.n_of_m().unwrap();
                     for (row, source) in packed.dequantize().chunks(cols).zip(source.chunks(cols)) {
                         for (group, source) in row.chunks(m).zip(source.chunks(m)) {
@@ -140,16 +145,16 @@ mod tests {
         }
         // Any weights of a row: as many zeros as the sparsity says, and fewer bytes.
         let format = LayerFormat::quantized(8, 32, true).with_sparsity(0.6);
-        let packed = Rtn.compress(&source, rows, cols, &format).unwrap();
+        let packed = Rtn.compress(&source, rows, cols, &format, None).unwrap();
         assert_eq!(packed.layout.format.name(), "q8g32s-b40");
         for row in packed.dequantize().chunks(cols) {
             assert_eq!(row.iter().filter(|v| **v == 0.0).count(), 42);
         }
-        let dense = Rtn.compress(&source, rows, cols, &LayerFormat::quantized(8, 32, true)).unwrap();
+        let dense = Rtn.compress(&source, rows, cols, &LayerFormat::quantized(8, 32, true), None).unwrap();
         assert!(packed.bytes() < dense.bytes());
         // Asymmetric: what is not stored is zero, and nothing else need be.
         let format = LayerFormat { symmetric: false, ..format };
-        let packed = Rtn.compress(&source, rows, cols, &format).unwrap();
+        let packed = Rtn.compress(&source, rows, cols, &format, None).unwrap();
         for row in packed.dequantize().chunks(cols) {
             assert_eq!(row.iter().filter(|v| **v != 0.0).count(), 28);
         }
@@ -161,19 +166,19 @@ mod tests {
         let source = values(2 * 100);
         let expected =
             PackedHost::quantize(&source, PackedLayout::new(2, 100, format.packed().unwrap()).unwrap()).unwrap();
-        assert_eq!(Rtn.compress(&source, 2, 100, &format).unwrap(), expected);
+        assert_eq!(Rtn.compress(&source, 2, 100, &format, None).unwrap(), expected);
     }
 
     #[test]
     fn asymmetric_pruning_and_bad_values_are_refused() {
         let mut format = LayerFormat::quantized(4, 32, false);
         format.sparsity = 0.5;
-        assert!(Rtn.compress(&values(64), 1, 64, &format).unwrap_err().to_string().contains("symmetric"));
+        assert!(Rtn.compress(&values(64), 1, 64, &format, None).unwrap_err().to_string().contains("symmetric"));
         let mut bad = values(64);
         bad[3] = f32::NAN;
         let format = LayerFormat::quantized(4, 32, true).with_sparsity(0.5);
-        assert!(Rtn.compress(&bad, 1, 64, &format).is_err());
-        assert!(Rtn.compress(&values(63), 1, 64, &format).is_err());
+        assert!(Rtn.compress(&bad, 1, 64, &format, None).is_err());
+        assert!(Rtn.compress(&values(63), 1, 64, &format, None).is_err());
     }
 
     #[test]

@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use edgellm_kernels::PackedHost;
+use edgellm_kernels::{InputGram, PackedHost};
 use edgellm_model::decoder::{Block, Weight};
 use edgellm_model::generate::to_vec;
 use edgellm_model::traits::Compressor;
 use edgellm_model::values::{LayerFormat, Projection};
 
-use crate::error::Result;
+use crate::error::{LucError, Result};
 
 /// A weight matrix whose rows can be read on the host as f32.
 pub(crate) enum HostWeight {
@@ -77,21 +77,36 @@ impl DenseBlock {
         Ok(Self { block, values })
     }
 
+    /// Checks that no weight is NaN or infinite.
+    pub(crate) fn check_finite(&self, index: usize) -> Result<()> {
+        Projection::ALL.iter().zip(&self.values).try_for_each(|(p, values)| check_finite(&p.weight_name(index), values))
+    }
+
     /// The block with the given projections compressed to `format`.
-    pub(crate) fn with_format(
+    pub(crate) fn with_format<'a>(
         &self,
         projections: &[Projection],
         format: &LayerFormat,
         compressor: &dyn Compressor,
+        inputs: impl Fn(Projection) -> Option<&'a InputGram>,
         device: &Device,
     ) -> Result<Block> {
         let mut block = self.block.clone();
         for &projection in projections {
             let linear = block.linear_mut(projection);
             let [rows, cols] = linear.weight.shape();
-            let packed = compressor.compress(&self.values[projection as usize], rows, cols, format)?;
+            let packed =
+                compressor.compress(&self.values[projection as usize], rows, cols, format, inputs(projection))?;
             linear.weight = Weight::Dense(tensor(packed.dequantize(), [rows, cols], device));
         }
         Ok(block)
+    }
+}
+
+/// Checks the values of a tensor.
+pub(crate) fn check_finite(tensor: &str, values: &[f32]) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(at) => Err(LucError::Weights { tensor: tensor.to_owned(), at, value: values[at] }),
     }
 }

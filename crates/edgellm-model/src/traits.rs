@@ -1,6 +1,6 @@
 //! Where the sibling crates meet: traits that one of them implements and others use.
 
-use edgellm_kernels::{PackedHost, PackedLayout};
+use edgellm_kernels::{InputGram, PackedHost, PackedLayout};
 use serde_json::Value;
 
 use crate::ModelError;
@@ -46,16 +46,21 @@ pub trait Compressor {
     /// Its name on the command line, such as `rtn`.
     fn name(&self) -> &'static str;
 
-    /// Packs `values`, row-major `[rows, cols]`.
+    /// Whether it looks at the inputs; then they must be given.
+    fn needs_inputs(&self) -> bool;
+
+    /// Packs `values`, row-major `[rows, cols]`; `inputs` are the second moments of what the matrix is multiplied with.
     ///
     /// # Errors
-    /// Non-finite values, a wrong length, or a format that does not exist.
+    /// Non-finite values, a wrong length, inputs that are needed and missing or are of another number of columns, or a
+    /// format that does not exist.
     fn compress(
         &self,
         values: &[f32],
         rows: usize,
         cols: usize,
         format: &LayerFormat,
+        inputs: Option<&InputGram>,
     ) -> Result<PackedHost, ModelError>;
 }
 

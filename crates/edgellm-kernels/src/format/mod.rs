@@ -8,6 +8,7 @@
 //! A family of formats is one file of this folder and one line in [`FAMILIES`]; test suites take the formats from
 //! [`Format::all`], so that a new one is tested on every device and instruction set at once.
 
+mod compensated;
 mod float;
 mod grouped;
 mod refit;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{KernelError, Result};
 
+pub use compensated::{Compensation, InputGram, prune_compensated};
 pub(crate) use float::decode_f16;
 pub(crate) use grouped::{BLOCK, put_code};
 pub use grouped::{QuantFormat, ScaleType};

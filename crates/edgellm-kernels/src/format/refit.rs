@@ -83,9 +83,9 @@ impl RoundingGoal {
 
 /// Scale and minimum of a group, as they are read back.
 #[derive(Clone, Copy)]
-struct Grid {
-    scale: f32,
-    min: f32,
+pub(super) struct Grid {
+    pub(super) scale: f32,
+    pub(super) min: f32,
 }
 
 impl Grid {
@@ -151,10 +151,10 @@ struct Row<'a> {
 }
 
 /// A rounded row: columns and codes of the weights that are kept, and the grids of the groups.
-struct Rounded {
-    kept: Vec<usize>,
-    codes: Vec<u32>,
-    grids: Vec<Grid>,
+pub(super) struct Rounded {
+    pub(super) kept: Vec<usize>,
+    pub(super) codes: Vec<u32>,
+    pub(super) grids: Vec<Grid>,
 }
 
 impl Row<'_> {
@@ -164,7 +164,7 @@ impl Row<'_> {
 
     /// `nearest` are the scales of rounding to nearest, fitted to the extremes of every group.
     fn round(&self, nearest: &[u32], old: Option<&[u32]>) -> Rounded {
-        let kept = self.format.pattern.columns(self.values);
+        let kept = self.format.pattern.kept_columns(self.values);
         let group_size = usize::from(self.format.group_size);
         let mut codes = Vec::with_capacity(kept.len());
         let mut grids = Vec::with_capacity(self.format.groups(self.values.len()));
@@ -298,7 +298,7 @@ impl Row<'_> {
 
 impl Rounded {
     /// Writes the row into zeroed words and scales.
-    fn store(&self, format: &QuantFormat, cols: usize, words: &mut [u32], scales: &mut [u32]) {
+    pub(super) fn store(&self, format: &QuantFormat, cols: usize, words: &mut [u32], scales: &mut [u32]) {
         for (group, grid) in self.grids.iter().enumerate() {
             format.store(scales, group, grid.scale, grid.min);
         }

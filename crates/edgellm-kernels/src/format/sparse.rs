@@ -116,8 +116,9 @@ impl SparsePattern {
         Some(SparsePattern::NofM { n: n.parse().ok()?, m: m.parse().ok()? })
     }
 
-    /// The columns of a row to keep, in order.
-    pub(super) fn columns(&self, values: &[f32]) -> Vec<usize> {
+    /// The columns of a row that are kept if `values` are its weights, or their scores: the largest magnitudes, of equals the
+    /// lower column. In order.
+    pub fn kept_columns(&self, values: &[f32]) -> Vec<usize> {
         if *self == SparsePattern::Dense {
             return (0..values.len()).collect();
         }

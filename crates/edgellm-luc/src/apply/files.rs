@@ -2,15 +2,18 @@
 
 use std::path::Path;
 
+use burn::tensor::Device;
 use edgellm_kernels::{Arrangement, Format, PackedHost, PackedLayout};
 use edgellm_model::ModelError;
+use edgellm_model::decoder::{Activations, Decoder, LoadOptions};
 use edgellm_model::files::{FORMAT_VERSION, ModelFiles, PackedTensor, QUANT_METHOD, QuantizationConfig, packed_names};
 use edgellm_model::io::{AtomicDir, atomic_write};
 use edgellm_model::safetensors::{Dtype, SafetensorsWriter, TensorSpec};
 use edgellm_model::traits::Compressor;
-use edgellm_model::values::{CompressionPolicy, LayerFormat};
+use edgellm_model::values::CompressionPolicy;
 use serde_json::{Map, Value, json};
 
+use super::sequence::Sequence;
 use super::{EMBEDDING, HEAD, check_policy, format_of, unit_of};
 use crate::cost::bits_per_weight;
 use crate::error::Result;
@@ -42,10 +45,26 @@ pub struct Applied {
 
 /// How a tensor is written.
 enum Plan {
-    /// Compressed to this format.
-    Compress(LayerFormat, PackedLayout),
+    /// Compressed to the format of this layout.
+    Compress(PackedLayout),
     /// A vector, as f32.
     Vector(usize),
+}
+
+/// How a model's files are compressed.
+#[derive(Clone, Copy)]
+pub struct Compression<'a> {
+    /// The format of every unit.
+    pub policy: &'a CompressionPolicy,
+    /// What brings a matrix into its format.
+    pub compressor: &'a dyn Compressor,
+    /// Windows of token ids, for compressors that look at the inputs of a matrix.
+    pub calibration: &'a [Vec<u32>],
+    /// With [`Arrangement::Panels`] the packed matrices are written as the CPU's integer kernels use them, so that a file
+    /// is used in place, without preparing it when it is loaded.
+    pub arrangement: Arrangement,
+    /// Replace a compressed model (or an empty folder); nothing else ever is.
+    pub force: bool,
 }
 
 /// Compresses a model into the directory `out_dir`, which appears only when it is complete.
@@ -53,52 +72,58 @@ enum Plan {
 /// Every matrix of a unit gets the policy's format; norms and biases become f32. Packed matrices are written as
 /// `X.qweight` and `X.qscales`, f16 and f32 ones under their own names. `config.json` says which is which in
 /// `quantization_config` and holds the policy. Tokenizer files are copied, or made from a GGUF file's metadata.
-/// One tensor at a time is in memory.
-///
-/// With [`Arrangement::Panels`] the packed matrices are written as the CPU's integer kernels use them, so that a file is
-/// used in place, without preparing it when it is loaded.
-///
-/// With `force`, a compressed model (or an empty folder) at `out_dir` is replaced; nothing else ever is.
+/// One block, or the embedding, is in memory as f32 at a time, beside the calibration text's hidden states.
 ///
 /// # Errors
 /// The policy misses a unit or names one that the model does not have; a tensor cannot be read or compressed; `out_dir`
 /// exists without `force`, or is no compressed model, or cannot be written. `out_dir` is as it was then.
 pub fn compress_model(
     files: &ModelFiles,
-    policy: &CompressionPolicy,
-    compressor: &dyn Compressor,
-    arrangement: Arrangement,
+    how: &Compression<'_>,
     out_dir: &Path,
-    force: bool,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Applied> {
+    let policy = how.policy;
     check_policy(policy, files.config().n_layers)?;
-    check_replaceable(out_dir, force, "a compressed model", |files| files.quantization().is_some())?;
-    let plan = plan(files, policy, arrangement)?;
+    check_replaceable(out_dir, how.force, "a compressed model", |files| files.quantization().is_some())?;
+    let plan = plan(files, policy, how.arrangement)?;
+    let options = LoadOptions { device: Device::flex(), expand: false, activations: Activations::F32 };
+    let decoder = Decoder::load(files, &options)?;
     let folder = AtomicDir::create(out_dir)?;
     let weights = folder.path().join("model.safetensors");
     let mut writer = SafetensorsWriter::create(&weights, &specs(&plan))?;
-    for (index, (name, part)) in plan.iter().enumerate() {
-        progress(Progress { done: index, total: plan.len(), what: name });
-        match part {
-            Plan::Vector(_) => writer.write(name, &to_bytes(&files.vector(name)?))?,
-            Plan::Compress(format, layout) => {
-                let values = files.matrix(name)?.dequantize();
-                let packed = compressor.compress(&values, layout.rows, layout.cols, format)?;
-                drop(values);
-                let packed = if packed.layout == *layout { packed } else { packed.prepare()? };
-                write_matrix(&mut writer, name, &packed)?;
-            }
+    for (name, part) in &plan {
+        if let Plan::Vector(_) = part {
+            writer.write(name, &to_bytes(&files.vector(name)?))?;
         }
+    }
+    let total = plan.iter().filter(|(_, part)| matches!(part, Plan::Compress(..))).count();
+    let mut done = 0;
+    let mut write = |name: &str, packed: PackedHost, progress: &mut dyn FnMut(Progress<'_>)| -> Result<()> {
+        let packed = if how.arrangement == Arrangement::Panels { packed.prepare()? } else { packed };
+        write_matrix(&mut writer, name, &packed)?;
+        done += 1;
+        progress(Progress { done, total, what: name });
+        Ok(())
+    };
+    progress(Progress { done: 0, total, what: EMBEDDING });
+    let (mut sequence, embedding) = Sequence::start(&decoder, policy, how.compressor, how.calibration)?;
+    write(EMBEDDING, embedding, progress)?;
+    for index in 0..decoder.n_blocks() {
+        for (name, packed) in super::sequence::names(index).zip(sequence.block()?) {
+            write(&name, packed, progress)?;
+        }
+    }
+    if let Some(head) = decoder.untied_head() {
+        write(HEAD, sequence.head(&head.weight)?, progress)?;
     }
     writer.finish()?;
     write_config(files, policy, &plan, folder.path())?;
     write_companions(files, folder.path())?;
     let bytes_after = std::fs::metadata(&weights).map_err(|e| ModelError::io(&weights, e))?.len();
-    folder.commit(force)?;
-    progress(Progress { done: plan.len(), total: plan.len(), what: "model.safetensors" });
+    folder.commit(how.force)?;
     let layouts = plan.iter().filter_map(|(_, part)| match part {
-        Plan::Compress(_, layout) => Some((layout.bytes(), layout.rows as u64 * layout.cols as u64)),
+        Plan::Compress(layout) => Some((layout.bytes(), layout.rows as u64 * layout.cols as u64)),
         Plan::Vector(_) => None,
     });
     let (bytes, count) = layouts.fold((0, 0), |(b, n), (bytes, weights)| (b + bytes, n + weights));
@@ -145,7 +170,7 @@ fn plan(files: &ModelFiles, policy: &CompressionPolicy, arrangement: Arrangement
                 let found = files.layout(name)?;
                 let layout = PackedLayout::new(found.rows, found.cols, format.packed()?)?;
                 let layout = if arrangement == Arrangement::Panels { layout.prepared() } else { layout };
-                Plan::Compress(format, layout)
+                Plan::Compress(layout)
             }
             (None, &[len]) => Plan::Vector(len),
             (None, _) => {
@@ -175,7 +200,7 @@ fn specs(plan: &[(String, Plan)]) -> Vec<TensorSpec> {
     for (name, part) in plan {
         match part {
             Plan::Vector(len) => specs.push(TensorSpec::new(name, Dtype::F32, [*len])),
-            Plan::Compress(_, layout) => match float_type(layout.format) {
+            Plan::Compress(layout) => match float_type(layout.format) {
                 Some(dtype) => specs.push(TensorSpec::new(name, dtype, [layout.rows, layout.cols])),
                 None => {
                     let (codes, scales) = packed_names(name);
@@ -220,7 +245,7 @@ fn to_bytes(values: &[f32]) -> Vec<u8> {
 
 fn write_config(files: &ModelFiles, policy: &CompressionPolicy, plan: &[(String, Plan)], dir: &Path) -> Result<()> {
     let packed = plan.iter().filter_map(|(name, part)| match part {
-        Plan::Compress(_, layout) if float_type(layout.format).is_none() => {
+        Plan::Compress(layout) if float_type(layout.format).is_none() => {
             Some((name.clone(), PackedTensor::of(*layout)))
         }
         _ => None,

@@ -1,13 +1,14 @@
-//! Applying a policy: to a model's files, tensor by tensor, or to a model in memory.
+//! Applying a policy: to a model's files, or to a model in memory.
 //!
-//! Both go through the same compressor on the same f32 values, so a compressed directory, loaded again, is the model
+//! Both go through the same sequence on the same f32 values, so a compressed directory, loaded again, is the model
 //! that was compressed in memory, bit for bit.
 
 mod files;
 mod memory;
+mod sequence;
 
 pub(crate) use files::check_replaceable;
-pub use files::{Applied, compress_model};
+pub use files::{Applied, Compression, compress_model};
 pub use memory::compress_decoder;
 
 use edgellm_model::ModelError;
@@ -35,6 +36,8 @@ pub fn uniform_policy(n_blocks: usize, format: LayerFormat) -> Result<Compressio
         granularity: Granularity::Block,
         seed: 0,
         measurement_digest: None,
+        model_digest: None,
+        compressor: None,
         budget: Budget::default(),
         units: units.map(|unit| UnitPolicy { unit, format }).collect(),
     })

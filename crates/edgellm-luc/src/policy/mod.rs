@@ -80,7 +80,7 @@ fn check(measurement: &Measurement) -> Result<(), ModelError> {
 }
 
 /// The policy that gives unit `i` the format `formats[i]`.
-fn policy(solver: &str, measurement: &Measurement, budget: &Budget, formats: &[LayerFormat]) -> CompressionPolicy {
+pub(crate) fn policy(solver: &str, measurement: &Measurement, budget: &Budget, formats: &[LayerFormat]) -> CompressionPolicy {
     let units = measurement.units.iter().zip(formats);
     CompressionPolicy {
         format_version: CompressionPolicy::VERSION,
@@ -88,6 +88,8 @@ fn policy(solver: &str, measurement: &Measurement, budget: &Budget, formats: &[L
         granularity: measurement.granularity,
         seed: 0,
         measurement_digest: Some(measurement_digest(measurement)),
+        model_digest: Some(measurement.model_digest.clone()),
+        compressor: Some(measurement.compressor.clone()),
         budget: *budget,
         units: units.map(|(u, &format)| UnitPolicy { unit: u.unit, format }).collect(),
     }

@@ -40,6 +40,12 @@ pub struct CompressionPolicy {
     /// SHA-256 of the measurement that it was computed from, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measurement_digest: Option<String>,
+    /// SHA-256 of the weights of the model that was measured, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_digest: Option<String>,
+    /// The compressor that it was measured with, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compressor: Option<String>,
     /// What it was allowed to spend.
     #[serde(default)]
     pub budget: Budget,

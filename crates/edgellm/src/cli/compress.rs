@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 use edgellm::kernels::{Arrangement, Format, PackedHost};
-use edgellm::luc::{Applied, Rtn, bits_per_weight, compress_model, uniform_policy};
+use edgellm::luc::{Applied, Compression, bits_per_weight, compress_model, model_digest, uniform_policy};
 use edgellm::model::files::ModelFiles;
 use edgellm::model::save::ModelWriter;
 use edgellm::model::values::{CompressionPolicy, LayerFormat, read_value};
 use serde_json::json;
 
+use super::calibration::CalibrationArgs;
+use super::compressors::CompressorChoice;
 use super::failure::{Usage, usage};
 use super::output::bytes;
 use super::progress::Counted;
@@ -32,6 +34,11 @@ pub(crate) struct Compress {
     /// The model directory to write
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
+    /// How matrices are brought into their format
+    #[arg(long, value_enum, default_value_t = CompressorChoice::Gptq, value_name = "NAME")]
+    compressor: CompressorChoice,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     /// Write the packed weights as the CPU's integer kernels use them, so that loading does not prepare them
     #[arg(long)]
     prepare: bool,
@@ -52,6 +59,7 @@ impl Compress {
         if same_place(&source, &self.output) {
             return Err(Usage(format!("--output: expected another folder than the model {}", source.display())).into());
         }
+        self.calibration.check()?;
         let files = ModelFiles::open(&source)?;
         let policy = match (&self.policy, format) {
             (Some(path), _) => read_value::<CompressionPolicy>(path)?,
@@ -62,6 +70,22 @@ impl Compress {
             (None, Some(format)) => uniform_policy(files.config().n_layers, format).map_err(usage)?,
             (None, None) => return Err(Usage("expected --policy or --format".into()).into()),
         };
+        if let Some(digest) = policy.model_digest.as_deref().filter(|digest| !digest.is_empty()) {
+            let found = model_digest(&files)?;
+            if found != digest {
+                anyhow::bail!(
+                    "the policy was made for a model with the digest {digest:.16}..., and {} has {found:.16}...; measure \
+                     and plan for this model",
+                    source.display()
+                );
+            }
+        }
+        let compressor = self.compressor.compressor();
+        let calibration = if compressor.needs_inputs() {
+            self.calibration.windows(ctx, &ctx.load_reference(&self.model)?)?
+        } else {
+            Vec::new()
+        };
         let arrangement = if self.prepare { Arrangement::Panels } else { Arrangement::Rows };
         let mut progress = ctx.progress("compress", 0, Counted::Items("tensors"));
         let applied = interrupt::stoppable(|| {
@@ -70,7 +94,14 @@ impl Compress {
                 progress.set_with(step.done as u64, step.what.to_string());
                 interrupt::checkpoint();
             };
-            Ok(compress_model(&files, &policy, &Rtn, arrangement, &self.output, self.force, on_tensor)?)
+            let how = Compression {
+                policy: &policy,
+                compressor: compressor.as_ref(),
+                calibration: &calibration,
+                arrangement,
+                force: self.force,
+            };
+            Ok(compress_model(&files, &how, &self.output, on_tensor)?)
         })?;
         progress.finish();
         self.report(ctx, applied)

@@ -32,7 +32,7 @@ pub(crate) struct Eval {
     /// An adapter, as `edgellm adapt` or PEFT wrote it
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// A model to compare with: KL divergence and agreement on the text
+    /// A model to compare with, which computes in f32: KL divergence and agreement on the text
     #[arg(long, value_name = "MODEL", requires = "text")]
     base: Option<String>,
     /// A text to measure the perplexity on
@@ -123,7 +123,7 @@ impl Eval {
             Ok(perplexity(&model.decoder, adapter, &ids, context, limit, on_step)?)
         })?);
         if let Some(name) = &self.base {
-            let base = ctx.load(name)?;
+            let base = ctx.load_reference(name)?;
             if base.tokenizer.encode(&read_text(path)?, false)? != ids {
                 anyhow::bail!("the base model '{name}' cuts the text into other tokens than '{}'", self.model);
             }

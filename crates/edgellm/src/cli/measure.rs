@@ -3,18 +3,19 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use edgellm::luc::{Rtn, measure, option_grid};
-use edgellm::model::io::read_text;
+use edgellm::luc::{Trials, measure, model_digest, option_grid};
 use edgellm::model::values::{Granularity, Measurement, write_value};
 use serde_json::json;
 
+use super::calibration::CalibrationArgs;
+use super::compressors::CompressorChoice;
 use super::failure::{Usage, usage};
 use super::output::table;
 use super::progress::Counted;
 use super::{Context, check_output_file, interrupt};
+use partial::Partial;
 
-/// Text to calibrate on where none is given: a part of this project's own fixture text.
-pub(super) const BUILT_IN_TEXT: &str = include_str!("../../../../fixtures/text/calibration.txt");
+mod partial;
 
 /// Measure how much every part of a model suffers from every format
 #[derive(Args)]
@@ -37,35 +38,42 @@ pub(crate) struct Measure {
     /// Shares of pruned weights to try (what `plan --solver paper --target-sparsity` needs)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     sparsity: Vec<f64>,
-    /// Text to calibrate on (default: a short built-in English text)
-    #[arg(long, value_name = "FILE")]
-    text: Option<PathBuf>,
-    /// Tokens of the text to use
-    #[arg(long, default_value_t = 2048, value_name = "N")]
-    tokens: usize,
-    /// Tokens that see each other
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    context: usize,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
+    /// How matrices are brought into a format
+    #[arg(long, value_enum, default_value_t = CompressorChoice::Gptq, value_name = "NAME")]
+    compressor: CompressorChoice,
+    /// Windows of the calibration text whose outputs are compared
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    compare_windows: usize,
+    /// Tokens from the beginning of a compared window
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    compare_context: usize,
 }
 
 impl Measure {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
         check_output_file(&self.output)?;
         let options = option_grid(&self.bits, &self.group_size, &self.sparsity).map_err(usage)?;
-        if self.tokens == 0 || self.context == 0 {
-            return Err(Usage("--tokens and --context: expected at least 1, found 0".into()).into());
+        self.calibration.check()?;
+        if self.compare_windows == 0 || self.compare_context < 2 {
+            let found = format!("{} and {}", self.compare_windows, self.compare_context);
+            let text = "--compare-windows: expected at least 1, --compare-context: at least 2";
+            return Err(Usage(format!("{text}; found {found}")).into());
         }
-        let text = match &self.text {
-            Some(path) => read_text(path)?,
-            None => BUILT_IN_TEXT.to_string(),
+        let model = ctx.load_reference(&self.model)?;
+        let windows = self.calibration.windows(ctx, &model)?;
+        let compressor = self.compressor.compressor();
+        let trials = Trials {
+            options: &options,
+            granularity: self.granularity,
+            compressor: compressor.as_ref(),
+            calibration: &windows,
+            compared_windows: self.compare_windows,
+            compared_length: self.compare_context,
         };
-        let model = ctx.load(&self.model)?;
-        let context = self.context.min(model.decoder.config().max_position_embeddings);
-        let ids = model.tokenizer.encode(&text, false)?;
-        if ids.len() < self.tokens && self.text.is_some() {
-            ctx.say(&format!("note: the text has {} tokens, fewer than the {} asked for", ids.len(), self.tokens));
-        }
-        let windows: Vec<Vec<u32>> = ids[..ids.len().min(self.tokens)].chunks(context).map(<[u32]>::to_vec).collect();
+        let partial = Partial::new(&self.output, &trials, model_digest(&model.files)?);
+        let known = partial.read(ctx)?;
         let mut progress = ctx.progress("measure", 0, Counted::Items("trials"));
         let mut measurement = interrupt::stoppable(|| {
             let on_step = &mut |step: edgellm::luc::Progress<'_>| {
@@ -73,11 +81,13 @@ impl Measure {
                 progress.set_with(step.done as u64, step.what.to_string());
                 interrupt::checkpoint();
             };
-            Ok(measure(&model.decoder, &options, self.granularity, &windows, &Rtn, on_step)?)
+            Ok(measure(&model.decoder, &trials, &known, &mut |units| partial.write(units), on_step)?)
         })?;
         progress.finish();
         measurement.model = model_name(&self.model);
+        measurement.model_digest = partial.model_digest().to_string();
         write_value(&self.output, &measurement)?;
+        partial.remove();
         self.report(ctx, &measurement)
     }
 

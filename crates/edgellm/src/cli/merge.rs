@@ -15,11 +15,11 @@ use edgellm::model::values::LayerFormat;
 use edgellm::session::{LoadedModel, load_model};
 use serde_json::{Value, json};
 
+use super::calibration::BUILT_IN_TEXT;
 use super::compress::{is_model_dir, parse_format, same_place};
 use super::data::DataArgs;
 use super::eval::with_progress;
 use super::failure::Usage;
-use super::measure::BUILT_IN_TEXT;
 use super::output::bytes;
 use super::progress::Counted;
 use super::{Context, check_output_dir, interrupt};

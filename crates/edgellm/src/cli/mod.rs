@@ -2,7 +2,9 @@
 
 mod adapt;
 mod bench;
+mod calibration;
 mod compress;
+mod compressors;
 mod data;
 mod devices;
 mod draft;
@@ -129,9 +131,18 @@ impl Context {
 
     /// Loads the model that `-m` names.
     pub(crate) fn load(&self, name: &str) -> anyhow::Result<LoadedModel> {
+        self.load_with(name, self.activations)
+    }
+
+    /// Loads a model that others are compared with: it computes in f32, whatever `--activations` says.
+    pub(crate) fn load_reference(&self, name: &str) -> anyhow::Result<LoadedModel> {
+        self.load_with(name, Activations::F32)
+    }
+
+    fn load_with(&self, name: &str, activations: Activations) -> anyhow::Result<LoadedModel> {
         let path = self.store.resolve(name)?;
         // A device that is not there is reported before a file is read.
-        let options = self.device.load_options(self.activations)?;
+        let options = self.device.load_options(activations)?;
         let start = std::time::Instant::now();
         let model = load_model(&path, &options)?;
         tracing::info!(path = %path.display(), device = %self.device, seconds = start.elapsed().as_secs_f64(), "loaded");
