@@ -82,8 +82,8 @@ pub enum KernelError {
         /// The value, for people.
         value: String,
     },
-    /// A finite value or scale that is too large for the 16-bit float that has to hold it.
-    #[error("row {row}, columns from {col}: {value:e} does not fit a 16-bit float of format {format}")]
+    /// A finite value or scale that is too large for what has to hold it.
+    #[error("row {row}, columns from {col}: {value:e} does not fit format {format}")]
     Overflow {
         /// Row of the value.
         row: usize,
@@ -91,6 +91,41 @@ pub enum KernelError {
         col: usize,
         /// The value.
         value: f32,
+        /// Name of the format.
+        format: String,
+    },
+    /// Codes and grids for a format that has none, or chooses which weights have them.
+    #[error("a matrix of format {format} is not made of codes and grids; expected a dense quantized format")]
+    NoGrids {
+        /// Name of the format.
+        format: String,
+    },
+    /// A scale or a minimum of a group that its format does not hold.
+    #[error(
+        "row {row}, group {group}: format {format} does not hold the scale {scale:e} and the minimum {min:e}; expected \
+         finite ones that it has rounded"
+    )]
+    Grid {
+        /// Row of the group.
+        row: usize,
+        /// Number of the group in its row.
+        group: usize,
+        /// The scale that was given.
+        scale: f32,
+        /// The minimum that was given; 0 if the format has none.
+        min: f32,
+        /// Name of the format.
+        format: String,
+    },
+    /// A code that has more bits than its format's.
+    #[error("row {row}, column {col}: {code} is no code of format {format}")]
+    Code {
+        /// Row of the code.
+        row: usize,
+        /// Column of the code.
+        col: usize,
+        /// The code.
+        code: u8,
         /// Name of the format.
         format: String,
     },

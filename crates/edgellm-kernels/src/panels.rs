@@ -11,7 +11,8 @@
 //! holds quads `8 v / p + j` at bit `p j` of its bytes. Unpacking a quad is a shift and a mask per plane, and a
 //! block is as many bytes as in the row arrangement: `b` words a row.
 //!
-//! **Scales**, per group: 16 scales, then 16 minima if the format has them.
+//! **Scales**, per group: 16 scales, then 16 minima if the format has them. Scales of two levels are bytes here as in
+//! rows; before the first group, there are the rows' 16 units of scales, and 16 of minima, as single-precision floats.
 //!
 //! **Sparse formats** keep their masks and the codes of the kept weights: for each block and quad a mask of 64 bits, bit
 //! `4 lane + byte`, then the kept codes in that order, one stream for the panel, in chunks of 512 that are packed like a
@@ -25,7 +26,7 @@ use rayon::prelude::*;
 
 use crate::error::{KernelError, Result};
 use crate::format::sparse::SparseRow;
-use crate::format::{Arrangement, BLOCK, PANEL_ROWS, PackedLayout, QuantFormat, ScaleType, put_code};
+use crate::format::{Arrangement, BLOCK, PANEL_ROWS, PackedLayout, QuantFormat, ScaleType, Units, put_code};
 use crate::host::PackedHost;
 
 /// Quads of a block.
@@ -48,13 +49,31 @@ pub(crate) fn panel_scale_words(layout: &PackedLayout) -> usize {
     let Some(q) = layout.format.quantized() else { return 0 };
     // Whole blocks: of groups of 16 columns, the kernels read two a block.
     let cols = layout.cols.next_multiple_of(BLOCK);
-    q.groups(cols) * group_words(&q)
+    unit_words(&q) + q.groups(cols) * group_words(&q)
+}
+
+/// Words of the rows' units in a panel of two-level scales.
+fn unit_words(q: &QuantFormat) -> usize {
+    if q.scale_type == ScaleType::U8 { vectors(q) * PANEL_ROWS } else { 0 }
+}
+
+/// Vectors of a group: scales, and minima if there are any.
+fn vectors(q: &QuantFormat) -> usize {
+    if q.symmetric { 1 } else { 2 }
+}
+
+/// Rows whose scales share a word of a panel.
+fn rows_per_word(q: &QuantFormat) -> usize {
+    match q.scale_type {
+        ScaleType::F16 => 2,
+        ScaleType::F32 => 1,
+        ScaleType::U8 => 4,
+    }
 }
 
 /// Words of a group's scales (and minima) in a panel.
 fn group_words(q: &QuantFormat) -> usize {
-    let vectors = if q.symmetric { 1 } else { 2 };
-    vectors * if q.scale_type == ScaleType::F16 { PANEL_ROWS / 2 } else { PANEL_ROWS }
+    vectors(q) * PANEL_ROWS / rows_per_word(q)
 }
 
 impl PackedLayout {
@@ -104,9 +123,7 @@ impl PackedHost {
                     if !q.is_sparse() {
                         codes_to_panel(&q, codes, words, lane);
                     }
-                    for group in 0..q.groups(layout.cols) {
-                        q.copy_scale(row_scales, group, scales, lane);
-                    }
+                    q.copy_scales(row_scales, q.groups(layout.cols), scales, lane);
                 }
             },
         );
@@ -145,6 +162,7 @@ impl PackedHost {
                         }
                     }
                 });
+                q.put_units(scales, panels.units(row));
                 for group in 0..q.groups(layout.cols) {
                     let (scale, min) = panels.raw_scale(row, group);
                     q.put_raw_scale(scales, group, scale, min);
@@ -336,18 +354,25 @@ impl<'a> Panels<'a> {
 
     fn scale_and_min(&self, row: usize, group: usize) -> (f32, f32) {
         let (scale, min) = self.raw_scale(row, group);
-        self.format.scale_and_min_of(scale, min)
+        self.format.scale_and_min_of(self.units(row), scale, min)
+    }
+
+    /// The units of a row's scales.
+    fn units(&self, row: usize) -> Units {
+        let units = &self.panel_scales(row / PANEL_ROWS)[..unit_words(&self.format)];
+        let at = |vector: usize| units.get(vector * PANEL_ROWS + row % PANEL_ROWS).map_or(1.0, |v| f32::from_bits(*v));
+        Units { scale: at(0), min: if self.format.symmetric { 0.0 } else { at(1) } }
     }
 
     /// The bits of a group's scale and minimum.
     fn raw_scale(&self, row: usize, group: usize) -> (u32, u32) {
         let q = &self.format;
-        let scales = &self.panel_scales(row / PANEL_ROWS)[group * group_words(q)..][..group_words(q)];
-        let lane = row % PANEL_ROWS;
-        let at = |vector: usize| match q.scale_type {
-            ScaleType::F16 => (scales[vector * PANEL_ROWS / 2 + lane / 2] >> (16 * (lane % 2))) & 0xffff,
-            ScaleType::F32 => scales[vector * PANEL_ROWS + lane],
-        };
+        let words = group_words(q);
+        let scales = &self.panel_scales(row / PANEL_ROWS)[unit_words(q) + group * words..][..words];
+        let (n, lane) = (rows_per_word(q), row % PANEL_ROWS);
+        let bits = 32 / n;
+        let at =
+            |vector: usize| scales[(vector * PANEL_ROWS + lane) / n] >> (bits * (lane % n)) & (u32::MAX >> (32 - bits));
         (at(0), if q.symmetric { 0 } else { at(1) })
     }
 
@@ -364,17 +389,21 @@ impl<'a> Panels<'a> {
 }
 
 impl QuantFormat {
-    /// Copies the scale of a group from a row to a panel.
-    fn copy_scale(&self, row: &[u32], group: usize, panel: &mut [u32], lane: usize) {
-        let (scale, min) = self.raw_scale(row, group);
-        let panel = &mut panel[group * group_words(self)..][..group_words(self)];
-        let mut put = |vector: usize, bits: u32| match self.scale_type {
-            ScaleType::F16 => panel[vector * PANEL_ROWS / 2 + lane / 2] |= bits << (16 * (lane % 2)),
-            ScaleType::F32 => panel[vector * PANEL_ROWS + lane] = bits,
-        };
-        put(0, scale);
-        if !self.symmetric {
-            put(1, min);
+    /// Copies the scales of a row's groups, and their units, to a panel of zeros.
+    fn copy_scales(&self, row: &[u32], groups: usize, panel: &mut [u32], lane: usize) {
+        let (units, panel) = panel.split_at_mut(unit_words(self));
+        if !units.is_empty() {
+            let Units { scale, min } = self.units(row);
+            for (units, unit) in units.chunks_exact_mut(PANEL_ROWS).zip([scale, min]) {
+                units[lane] = unit.to_bits();
+            }
+        }
+        let n = rows_per_word(self);
+        for (group, panel) in panel.chunks_exact_mut(group_words(self)).take(groups).enumerate() {
+            let (scale, min) = self.raw_scale(row, group);
+            for (vector, bits) in [scale, min].into_iter().take(vectors(self)).enumerate() {
+                panel[(vector * PANEL_ROWS + lane) / n] |= bits << (32 / n * (lane % n));
+            }
         }
     }
 }

@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use edgellm_kernels::InputGram;
 use edgellm_model::ModelError;
 use edgellm_model::decoder::{Block, Decoder, ResidentStore, Weight};
 use edgellm_model::traits::Compressor;
@@ -145,11 +146,13 @@ struct Ladder {
 
 fn ladders(measurement: &Measurement, start: &CompressionPolicy) -> Result<Vec<Ladder>> {
     let of_unit = |unit: &edgellm_model::values::UnitMeasurement| -> Result<Ladder> {
-        let missing = |expected: String, found: String| ModelError::Value { what: "start of the search".into(), expected, found };
+        let missing =
+            |expected: String, found: String| ModelError::Value { what: "start of the search".into(), expected, found };
         let format = start.format_of(unit.unit);
         let format = format.ok_or_else(|| missing(format!("a format for {}", unit.unit), "none".into()))?;
         let chosen = measurement.options.iter().position(|option| *option == format);
-        let chosen = chosen.ok_or_else(|| missing(format!("a measured format for {}", unit.unit), format.to_string()))?;
+        let chosen =
+            chosen.ok_or_else(|| missing(format!("a measured format for {}", unit.unit), format.to_string()))?;
         let mut steps = Vec::new();
         for (option, layer) in measurement.options.iter().enumerate() {
             steps.push((Step { option, bytes: matrices_bytes(&unit.matrices, layer)? }, unit.kl[option]));
@@ -245,17 +248,18 @@ impl Library {
         let compressor = search.compressor;
         let total = ladders.iter().map(|ladder| ladder.steps.len()).sum();
         let mut done = 0;
-        let mut pack = |values: &[f32], [rows, cols]: [usize; 2], ladder: &Ladder, inputs, what: &str| {
-            let mut steps = Vec::with_capacity(ladder.steps.len());
-            for step in &ladder.steps {
-                let format = &measurement.options[step.option];
-                let packed = compressor.compress(values, rows, cols, format, inputs)?;
-                steps.push(Weight::Packed(packed.prepare().map_err(LucError::from)?.to_device(decoder.device())));
-                done += usize::from(what != "part");
-                progress(Progress { done, total, what: "compressing" });
-            }
-            Ok::<_, LucError>(steps)
-        };
+        let mut pack =
+            |values: &[f32], [rows, cols]: [usize; 2], ladder: &Ladder, inputs: Option<&InputGram>, what: &str| {
+                let mut steps = Vec::with_capacity(ladder.steps.len());
+                for step in &ladder.steps {
+                    let format = &measurement.options[step.option];
+                    let packed = compressor.compress(values, rows, cols, format, inputs)?;
+                    steps.push(Weight::Packed(packed.prepare().map_err(LucError::from)?.to_device(decoder.device())));
+                    done += usize::from(what != "part");
+                    progress(Progress { done, total, what: "compressing" });
+                }
+                Ok::<_, LucError>(steps)
+            };
         let by_unit: BTreeMap<Unit, usize> = measurement.units.iter().enumerate().map(|(i, u)| (u.unit, i)).collect();
         let mut weights: Vec<Vec<Vec<Weight>>> =
             ladders.iter().map(|ladder| vec![Vec::new(); ladder.steps.len()]).collect();
@@ -283,7 +287,8 @@ impl Library {
                 put(unit, pack(&block.values[projection as usize], shape, &ladders[unit], inputs, what)?);
             }
         }
-        for (unit, weight) in [(Unit::Embedding, Some(decoder.embedding())), (Unit::Head, decoder.untied_head().map(|h| &h.weight))]
+        for (unit, weight) in
+            [(Unit::Embedding, Some(decoder.embedding())), (Unit::Head, decoder.untied_head().map(|h| &h.weight))]
         {
             let (Some(&at), Some(weight)) = (by_unit.get(&unit), weight) else { continue };
             let host = HostWeight::new(weight)?;

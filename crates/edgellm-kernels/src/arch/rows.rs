@@ -272,7 +272,7 @@ impl Scales {
         // A block of a short last group may reach into a group that does not exist; its columns do not either, but
         // the unit is computed, with scale 0.
         let groups = (blocks.end * BLOCK).div_ceil(group_size).max(last + 1) - first;
-        let (step, min) = if q.symmetric { (1, groups) } else { (2, 1) };
+        let (step, min) = if q.symmetric || q.scale_type == ScaleType::U8 { (1, groups) } else { (2, 1) };
         let values = vec![0.0; 2 * groups];
         Scales { values, step, min, first, shift: group_size.trailing_zeros(), groups }
     }
@@ -283,22 +283,51 @@ impl Scales {
     /// That of [`Lanes`].
     #[inline(always)]
     unsafe fn read<L: Lanes>(&mut self, q: QuantFormat, row: &[u32]) {
+        if q.scale_type == ScaleType::U8 {
+            self.read_codes(q, row);
+            return self.centre(q);
+        }
         let stored = match (q.scale_type, q.symmetric) {
             (ScaleType::F16, true) => &row[self.first / 2..],
-            (ScaleType::F16, false) | (ScaleType::F32, true) => &row[self.first..],
             (ScaleType::F32, false) => &row[2 * self.first..],
+            _ => &row[self.first..],
         };
         let count = if q.symmetric { self.groups } else { 2 * self.groups };
         let out = &mut self.values[..count];
         match q.scale_type {
             // SAFETY: passed on.
             ScaleType::F16 => unsafe { halves::<L>(bytemuck::cast_slice(stored), out) },
-            ScaleType::F32 => {
+            _ => {
                 for (value, &bits) in out.iter_mut().zip(stored) {
                     *value = f32::from_bits(bits);
                 }
             }
         }
+        self.centre(q);
+    }
+
+    /// Converts two-level scales.
+    #[inline(always)]
+    fn read_codes(&mut self, q: QuantFormat, row: &[u32]) {
+        let units = q.units(row);
+        let codes = &row[1..];
+        let (scales, minima) = if q.symmetric { (codes, &[][..]) } else { codes.split_at(codes.len() / 2) };
+        let (scales, minima): (&[u8], &[i8]) = (bytemuck::cast_slice(scales), bytemuck::cast_slice(minima));
+        let (out, out_minima) = self.values.split_at_mut(self.groups);
+        let out = out.iter_mut().zip(&scales[self.first..]);
+        if q.symmetric {
+            out.for_each(|(value, &code)| *value = units.scale * f32::from(code as i8));
+        } else {
+            out.for_each(|(value, &code)| *value = units.scale * f32::from(code));
+            for (value, &code) in out_minima.iter_mut().zip(&minima[self.first..]) {
+                *value = units.min * f32::from(code);
+            }
+        }
+    }
+
+    /// The minima of a symmetric format.
+    #[inline(always)]
+    fn centre(&mut self, q: QuantFormat) {
         if q.symmetric {
             let zero = -(q.zero_point() as f32);
             let (scales, minima) = self.values.split_at_mut(self.groups);

@@ -14,9 +14,8 @@
 //! and `f32` scales exist for the same reason (GGML's K types have two-level scales whose products need more bits
 //! than `f16` has).
 //!
-//! **Scales**, per row and group (the last group may be short): symmetric `f16`: one `f16` a group, the row padded
-//! to an even count; asymmetric `f16`: one word a group, scale in the low half, min in the high half; symmetric
-//! `f32`: one word; asymmetric `f32`: two words, scale then min.
+//! **Scales**, per row and group (the last group may be short), are `f16`, `f32`, or 8 bits times a unit of the row; see
+//! [`super::scales`].
 //!
 //! **Quantization** is round to nearest. Scales are rounded to their storage type *before* codes are computed.
 //! Asymmetric: `min` is the group's minimum rounded down, `scale = (max - min) / (2^b - 1)` rounded up, so that the
@@ -27,9 +26,8 @@
 
 use core::ops::Range;
 
-use half::f16;
-
-use super::float::{decode_f16, finite};
+use super::float::finite;
+use super::scales::ScaleType;
 use super::sparse::{self, SparsePattern};
 use super::{Format, RowCodec};
 use crate::error::{KernelError, Result};
@@ -41,15 +39,6 @@ pub(crate) const BLOCK: usize = 32;
 pub(super) const BIT_WIDTHS: [u8; 6] = [2, 3, 4, 5, 6, 8];
 /// Group sizes that exist.
 const GROUP_SIZES: [u16; 4] = [16, 32, 64, 128];
-
-/// How scales and minima are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ScaleType {
-    /// IEEE 754 half precision.
-    F16,
-    /// IEEE 754 single precision.
-    F32,
-}
 
 /// A quantized format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -82,6 +71,12 @@ pub(super) fn members() -> Vec<Format> {
         [(2, 16, false), (3, 16, true), (4, 32, false), (5, 32, false), (6, 16, true)]
     {
         formats.push(QuantFormat { bit_width, group_size, symmetric, scale_type: ScaleType::F32, pattern });
+    }
+    // Two levels: every width and group size, asymmetric and symmetric.
+    for (bit_width, group_size, symmetric) in
+        [(2, 16, false), (3, 64, false), (4, 32, false), (5, 16, true), (6, 128, false), (4, 32, true), (8, 64, true)]
+    {
+        formats.push(QuantFormat { bit_width, group_size, symmetric, scale_type: ScaleType::U8, pattern });
     }
     formats.into_iter().map(Format::Quantized).collect()
 }
@@ -141,7 +136,11 @@ impl QuantFormat {
 
     pub(super) fn name(&self) -> String {
         let symmetric = if self.symmetric { 's' } else { 'a' };
-        let scales = if self.scale_type == ScaleType::F32 { "-f32" } else { "" };
+        let scales = match self.scale_type {
+            ScaleType::F16 => "",
+            ScaleType::F32 => "-f32",
+            ScaleType::U8 => "-8",
+        };
         let pattern = if self.is_sparse() { format!("-{}", self.pattern) } else { String::new() };
         format!("q{}g{}{symmetric}{scales}{pattern}", self.bit_width, self.group_size)
     }
@@ -152,6 +151,7 @@ impl QuantFormat {
         let (scale_type, pattern) = match suffix {
             None => (ScaleType::F16, SparsePattern::Dense),
             Some("f32") => (ScaleType::F32, SparsePattern::Dense),
+            Some("8") => (ScaleType::U8, SparsePattern::Dense),
             Some(pattern) => (ScaleType::F16, SparsePattern::parse(pattern).ok_or_else(unknown)?),
         };
         let (body, symmetric) = match (body.strip_suffix('s'), body.strip_suffix('a')) {
@@ -175,86 +175,9 @@ impl QuantFormat {
         Ok(format)
     }
 
-    /// Scale and minimum of a group; the minimum of a symmetric group is `-scale * 2^(b - 1)`, which is exact.
-    pub(crate) fn scale_and_min(&self, scales: &[u32], group: usize) -> (f32, f32) {
-        let (scale, min) = self.raw_scale(scales, group);
-        self.scale_and_min_of(scale, min)
-    }
-
-    /// The bits of a group's scale and minimum, as a row stores them; the minimum is 0 for symmetric formats.
-    pub(crate) fn raw_scale(&self, scales: &[u32], group: usize) -> (u32, u32) {
-        match (self.scale_type, self.symmetric) {
-            (ScaleType::F16, true) => ((scales[group / 2] >> (16 * (group % 2))) & 0xffff, 0),
-            (ScaleType::F16, false) => (scales[group] & 0xffff, scales[group] >> 16),
-            (ScaleType::F32, true) => (scales[group], 0),
-            (ScaleType::F32, false) => (scales[2 * group], scales[2 * group + 1]),
-        }
-    }
-
-    /// Scale and minimum of their bits.
-    pub(crate) fn scale_and_min_of(&self, scale: u32, min: u32) -> (f32, f32) {
-        let value = |bits: u32| match self.scale_type {
-            ScaleType::F16 => decode_f16(bits as u16),
-            ScaleType::F32 => f32::from_bits(bits),
-        };
-        if self.symmetric { self.centred(value(scale)) } else { (value(scale), value(min)) }
-    }
-
-    /// Writes the bits of a group's scale and minimum into a zeroed row.
-    pub(crate) fn put_raw_scale(&self, scales: &mut [u32], group: usize, scale: u32, min: u32) {
-        match (self.scale_type, self.symmetric) {
-            (ScaleType::F16, true) => scales[group / 2] |= scale << (16 * (group % 2)),
-            (ScaleType::F16, false) => scales[group] = scale | (min << 16),
-            (ScaleType::F32, true) => scales[group] = scale,
-            (ScaleType::F32, false) => {
-                scales[2 * group] = scale;
-                scales[2 * group + 1] = min;
-            }
-        }
-    }
-
     /// The value of a code.
     pub(crate) fn value(&self, code: u32, scale: f32, min: f32) -> f32 {
         if self.symmetric { scale * (code as i32 - self.zero_point() as i32) as f32 } else { scale * code as f32 + min }
-    }
-
-    fn centred(&self, scale: f32) -> (f32, f32) {
-        (scale, -scale * self.zero_point() as f32)
-    }
-
-    /// Writes scale and minimum of a group into a zeroed row, rounded to nearest.
-    pub(super) fn store(&self, scales: &mut [u32], group: usize, scale: f32, min: f32) {
-        let bits = |value: f32| match self.scale_type {
-            ScaleType::F16 => u32::from(f16::from_f32(value).to_bits()),
-            ScaleType::F32 => value.to_bits(),
-        };
-        self.put_raw_scale(scales, group, bits(scale), bits(min));
-    }
-
-    /// A scale and a minimum as they are read back once they were stored.
-    pub(super) fn rounded_grid(&self, scale: f32, min: f32) -> (f32, f32) {
-        let stored = |value: f32| if self.scale_type == ScaleType::F16 { f16::from_f32(value).to_f32() } else { value };
-        if self.symmetric { self.centred(stored(scale)) } else { (stored(scale), stored(min)) }
-    }
-
-    /// Scale and minimum for a group of finite values, as they will be read back.
-    fn fit(&self, values: &[f32]) -> (f32, f32) {
-        if self.symmetric {
-            let extreme = values.iter().fold(0.0f32, |best, &v| if v.abs() > best.abs() { v } else { best });
-            let scale = extreme / -(self.zero_point() as f32);
-            let scale = if self.scale_type == ScaleType::F16 { f16::from_f32(scale).to_f32() } else { scale };
-            return self.centred(scale);
-        }
-        let low = values.iter().copied().fold(f32::INFINITY, f32::min);
-        let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let levels = ((1u32 << self.bit_width) - 1) as f32;
-        match self.scale_type {
-            ScaleType::F16 => {
-                let min = f16_below(low);
-                (f16_above((high - min) / levels), min)
-            }
-            ScaleType::F32 => (((f64::from(high) - f64::from(low)) / f64::from(levels)) as f32, low),
-        }
     }
 
     /// Fits the scale of a group to finite values, stores it, and calls `put(i, code)` for every value. Without values,
@@ -269,11 +192,39 @@ impl QuantFormat {
     ) -> Result<()> {
         let (scale, min) = if values.is_empty() { (0.0, 0.0) } else { self.fit(values) };
         if !scale.is_finite() || !min.is_finite() {
-            let value = values.iter().copied().fold(0.0f32, |best, v| if v.abs() > best.abs() { v } else { best });
-            let col = group * usize::from(self.group_size);
-            return Err(KernelError::Overflow { row, col, value, format: self.name() });
+            return Err(self.overflow(row, group, values));
         }
-        self.store(scales, group, scale, min);
+        self.store(scales, self.units(scales), group, scale, min);
+        self.encode_values(values, scale, min, &mut put);
+        Ok(())
+    }
+
+    /// As [`encode_group`](Self::encode_group) for all groups of a row, with two-level scales.
+    fn encode_row(&self, row: usize, values: &[f32], words: &mut [u32], scales: &mut [u32]) -> Result<()> {
+        let group_size = usize::from(self.group_size);
+        let (units, grids) = self.fit_row(values.chunks(group_size));
+        self.put_units(scales, units);
+        let top = ((1u32 << self.bit_width) - 1) as f32;
+        for (group, (values, (scale, min))) in values.chunks(group_size).zip(grids).enumerate() {
+            if !(scale * top).is_finite() || !min.is_finite() {
+                return Err(self.overflow(row, group, values));
+            }
+            self.store(scales, units, group, scale, min);
+            self.encode_values(values, scale, min, &mut |i, code| {
+                put_code(words, usize::from(self.bit_width), group * group_size + i, code);
+            });
+        }
+        Ok(())
+    }
+
+    fn overflow(&self, row: usize, group: usize, values: &[f32]) -> KernelError {
+        let value = values.iter().copied().fold(0.0f32, |best, v| if v.abs() > best.abs() { v } else { best });
+        let col = group * usize::from(self.group_size);
+        KernelError::Overflow { row, col, value, format: self.name() }
+    }
+
+    /// Calls `put(i, code)` with the nearest code of every value.
+    fn encode_values(&self, values: &[f32], scale: f32, min: f32, put: &mut impl FnMut(usize, u32)) {
         let top = ((1u32 << self.bit_width) - 1) as f32;
         for (i, &value) in values.iter().enumerate() {
             let code = if scale == 0.0 {
@@ -287,7 +238,6 @@ impl QuantFormat {
             };
             put(i, code);
         }
-        Ok(())
     }
 }
 
@@ -297,12 +247,7 @@ impl RowCodec for QuantFormat {
     }
 
     fn row_scale_words(&self, cols: usize) -> usize {
-        let groups = self.groups(cols);
-        match (self.scale_type, self.symmetric) {
-            (ScaleType::F16, true) => groups.div_ceil(2),
-            (ScaleType::F16, false) | (ScaleType::F32, true) => groups,
-            (ScaleType::F32, false) => 2 * groups,
-        }
+        self.scale_words(self.groups(cols))
     }
 
     fn encode(&self, row: usize, values: &[f32], words: &mut [u32], scales: &mut [u32]) -> Result<()> {
@@ -311,6 +256,9 @@ impl RowCodec for QuantFormat {
         }
         if self.is_sparse() {
             return sparse::encode(self, row, values, words, scales);
+        }
+        if self.scale_type == ScaleType::U8 {
+            return self.encode_row(row, values, words, scales);
         }
         let group_size = usize::from(self.group_size);
         for (group, chunk) in values.chunks(group_size).enumerate() {
@@ -372,26 +320,4 @@ pub(crate) fn get_code(words: &[u32], bit_width: usize, col: usize) -> u32 {
 fn position(bit_width: usize, col: usize) -> (usize, usize) {
     let bit = (col % BLOCK) * bit_width;
     ((col / BLOCK) * bit_width + bit / 32, bit % 32)
-}
-
-/// The largest half-precision value that is not above `value`.
-fn f16_below(value: f32) -> f32 {
-    let near = f16::from_f32(value);
-    if near.to_f32() <= value { near.to_f32() } else { next_f16(near, false).to_f32() }
-}
-
-/// The smallest half-precision value that is not below `value`.
-fn f16_above(value: f32) -> f32 {
-    let near = f16::from_f32(value);
-    if near.to_f32() >= value { near.to_f32() } else { next_f16(near, true).to_f32() }
-}
-
-/// The next half-precision value towards plus (`up`) or minus infinity.
-fn next_f16(value: f16, up: bool) -> f16 {
-    let bits = value.to_bits();
-    if value.to_f32() == 0.0 {
-        return f16::from_bits(if up { 0x0001 } else { 0x8001 });
-    }
-    let away_from_zero = (bits & 0x8000 == 0) == up;
-    f16::from_bits(if away_from_zero { bits + 1 } else { bits - 1 })
 }

@@ -10,8 +10,10 @@
 
 mod compensated;
 mod float;
+mod grids;
 mod grouped;
 mod refit;
+mod scales;
 pub(crate) mod sparse;
 
 use core::ops::Range;
@@ -22,9 +24,11 @@ use crate::error::{KernelError, Result};
 
 pub use compensated::{Compensation, InputGram, prune_compensated};
 pub(crate) use float::decode_f16;
+pub use grouped::QuantFormat;
 pub(crate) use grouped::{BLOCK, put_code};
-pub use grouped::{QuantFormat, ScaleType};
 pub use refit::RoundingGoal;
+pub use scales::ScaleType;
+pub(crate) use scales::Units;
 pub use sparse::SparsePattern;
 
 /// Rows of a panel of a prepared matrix.
@@ -93,8 +97,9 @@ impl Format {
     }
 
     /// The format's name: `f32`, `f16`, `bf16`, or `q<bits>g<group>` with `s` (symmetric) or `a` (asymmetric) and
-    /// perhaps a suffix: `-f32` for single-precision scales, or a sparse pattern (`-2:4`, `-4:8`, or `-b` with the
-    /// kept percentage). Examples: `q4g32a`, `q3g64s`, `q6g16s-f32`, `q4g32s-2:4`, `q3g64a-b60`.
+    /// perhaps a suffix: `-f32` for single-precision scales, `-8` for scales of 8 bits times a unit of the row, or a
+    /// sparse pattern (`-2:4`, `-4:8`, or `-b` with the kept percentage). Examples: `q4g32a`, `q3g64s`, `q4g32a-8`,
+    /// `q6g16s-f32`, `q4g32s-2:4`, `q3g64a-b60`.
     pub fn name(&self) -> String {
         match self {
             Format::F32 => "f32".into(),

@@ -16,6 +16,7 @@
 use rayon::prelude::*;
 
 use super::grouped::{BLOCK, QuantFormat, put_code};
+use super::scales::{ScaleType, Units};
 use super::{Arrangement, PackedLayout};
 use crate::error::{KernelError, Result};
 use crate::host::PackedHost;
@@ -150,11 +151,14 @@ struct Row<'a> {
     goal: &'a RoundingGoal,
 }
 
-/// A rounded row: columns and codes of the weights that are kept, and the grids of the groups.
+/// A rounded row: columns and codes of the weights that are kept, and the grids of the groups with their units.
 pub(super) struct Rounded {
     pub(super) kept: Vec<usize>,
     pub(super) codes: Vec<u32>,
     pub(super) grids: Vec<Grid>,
+    pub(super) units: Units,
+    /// Sum of the groups' errors.
+    pub(super) error: f32,
 }
 
 impl Row<'_> {
@@ -164,11 +168,25 @@ impl Row<'_> {
 
     /// `nearest` are the scales of rounding to nearest, fitted to the extremes of every group.
     fn round(&self, nearest: &[u32], old: Option<&[u32]>) -> Rounded {
+        let mut rounded = self.round_in(self.format.units(nearest), nearest, old);
+        // The old grids are exact in their own units only.
+        if let Some(old) = old.filter(|_| self.format.scale_type == ScaleType::U8) {
+            let with_old = self.round_in(self.format.units(old), nearest, Some(old));
+            if with_old.error < rounded.error {
+                rounded = with_old;
+            }
+        }
+        self.cancel(&mut rounded);
+        rounded
+    }
+
+    /// Rounds every group on its own, with scales in these units.
+    fn round_in(&self, units: Units, nearest: &[u32], old: Option<&[u32]>) -> Rounded {
         let kept = self.format.pattern.kept_columns(self.values);
         let group_size = usize::from(self.format.group_size);
         let mut codes = Vec::with_capacity(kept.len());
         let mut grids = Vec::with_capacity(self.format.groups(self.values.len()));
-        let mut first = 0;
+        let (mut first, mut sum) = (0, 0.0);
         for group in 0..self.format.groups(self.values.len()) {
             let len = kept[first..].partition_point(|col| *col < (group + 1) * group_size);
             let members = &kept[first..first + len];
@@ -176,42 +194,43 @@ impl Row<'_> {
                 let (scale, min) = self.format.scale_and_min(scales, group);
                 Grid { scale, min }
             };
-            let grid = self.best_grid(members, grid_of(nearest), old.map(grid_of));
+            let (error, grid) = self.best_grid(units, members, grid_of(nearest), old.map(grid_of));
             codes.extend(members.iter().map(|&col| grid.code(self.values[col], self.top())));
             grids.push(grid);
             first += len;
+            sum += error;
         }
-        let mut rounded = Rounded { kept, codes, grids };
-        self.cancel(&mut rounded);
-        rounded
+        Rounded { kept, codes, grids, units, error: sum }
     }
 
-    fn best_grid(&self, members: &[usize], extremes: Grid, old: Option<Grid>) -> Grid {
+    /// The grid of least error of a group, and that error.
+    fn best_grid(&self, units: Units, members: &[usize], extremes: Grid, old: Option<Grid>) -> (f32, Grid) {
         let mut best = (f32::INFINITY, extremes);
         let mut consider = |grid: Grid| {
-            for grid in [Some(grid), self.refitted(members, grid)].into_iter().flatten() {
+            for grid in [Some(grid), self.refitted(units, members, grid)].into_iter().flatten() {
                 let error = self.error(members, grid);
                 if error < best.0 {
                     best = (error, grid);
                 }
             }
         };
-        if let Some(old) = old.filter(|g| g.scale.is_finite() && g.min.is_finite()) {
+        let old = old.filter(|g| g.scale.is_finite() && g.min.is_finite());
+        if let Some(old) = old.and_then(|old| self.stored(units, old.scale, old.min)) {
             consider(old);
         }
         for factor in FACTORS {
             // The middle of the span stays where it is.
             let min = extremes.min + extremes.scale * self.top() * 0.5 * (1.0 - factor);
-            if let Some(grid) = self.stored(extremes.scale * factor, min) {
+            if let Some(grid) = self.stored(units, extremes.scale * factor, min) {
                 consider(grid);
             }
         }
-        best.1
+        best
     }
 
     /// A grid as it is read back after it was stored; `None` if it cannot be.
-    fn stored(&self, scale: f32, min: f32) -> Option<Grid> {
-        let (scale, min) = self.format.rounded_grid(scale, min);
+    fn stored(&self, units: Units, scale: f32, min: f32) -> Option<Grid> {
+        let (scale, min) = self.format.rounded_grid(units, scale, min);
         (scale.is_finite() && min.is_finite()).then_some(Grid { scale, min })
     }
 
@@ -226,7 +245,7 @@ impl Row<'_> {
     }
 
     /// The grid of least weighted squared error for the codes that `grid` gives.
-    fn refitted(&self, members: &[usize], grid: Grid) -> Option<Grid> {
+    fn refitted(&self, units: Units, members: &[usize], grid: Grid) -> Option<Grid> {
         let top = self.top();
         let centre = if self.format.symmetric { f64::from(self.format.zero_point()) } else { 0.0 };
         let (mut n, mut c, mut cc, mut v, mut cv) = (0.0f64, 0.0, 0.0, 0.0, 0.0);
@@ -240,14 +259,14 @@ impl Row<'_> {
             cv += weight * code * value;
         }
         if self.format.symmetric {
-            return (cc > 0.0).then(|| self.stored((cv / cc) as f32, 0.0)).flatten();
+            return (cc > 0.0).then(|| self.stored(units, (cv / cc) as f32, 0.0)).flatten();
         }
         let det = n * cc - c * c;
         if det <= 1e-9 * n * cc {
             return None;
         }
         let scale = (n * cv - c * v) / det;
-        (scale > 0.0).then(|| self.stored(scale as f32, ((v - scale * c) / n) as f32)).flatten()
+        (scale > 0.0).then(|| self.stored(units, scale as f32, ((v - scale * c) / n) as f32)).flatten()
     }
 
     /// Moves codes so that errors cancel in the goal's directions.
@@ -299,8 +318,9 @@ impl Row<'_> {
 impl Rounded {
     /// Writes the row into zeroed words and scales.
     pub(super) fn store(&self, format: &QuantFormat, cols: usize, words: &mut [u32], scales: &mut [u32]) {
+        format.put_units(scales, self.units);
         for (group, grid) in self.grids.iter().enumerate() {
-            format.store(scales, group, grid.scale, grid.min);
+            format.store(scales, self.units, group, grid.scale, grid.min);
         }
         let (mask, words) = words.split_at_mut(format.pattern.mask_words(cols));
         if !mask.is_empty() {
@@ -357,7 +377,17 @@ mod tests {
     #[test]
     fn values_of_the_old_matrix_keep_their_codes() {
         let (rows, cols) = (5, 96);
-        for format in ["q4g32a", "q3g64s", "q4g32s-2:4", "q6g16s-f32", "q4g32a-f32", "q2g32a-b50", "q8g32s"] {
+        for format in [
+            "q4g32a",
+            "q3g64s",
+            "q4g32s-2:4",
+            "q6g16s-f32",
+            "q4g32a-f32",
+            "q2g32a-b50",
+            "q8g32s",
+            "q4g32a-8",
+            "q3g16s-8",
+        ] {
             let layout = PackedLayout::new(rows, cols, Format::parse(format).unwrap()).unwrap();
             let old = PackedHost::quantize(&noise(rows * cols, 9), layout).unwrap();
             let again =
@@ -370,7 +400,7 @@ mod tests {
     #[test]
     fn a_small_update_survives_in_a_direction() {
         let (rows, cols) = (8, 256);
-        for format in ["q4g32a", "q4g32s", "q3g64a", "q2g32s", "q8g32s-b60"] {
+        for format in ["q4g32a", "q4g32s", "q3g64a", "q2g32s", "q8g32s-b60", "q3g32a-8"] {
             let layout = PackedLayout::new(rows, cols, Format::parse(format).unwrap()).unwrap();
             let old = PackedHost::quantize(&noise(rows * cols, 5), layout).unwrap();
             let before = old.dequantize();

@@ -3,7 +3,7 @@ use super::*;
 #[test]
 fn names_round_trip() {
     let formats = Format::all();
-    assert_eq!(formats.len(), 62);
+    assert_eq!(formats.len(), 69);
     let names: std::collections::BTreeSet<String> = formats.iter().map(Format::name).collect();
     assert_eq!(names.len(), formats.len());
     for format in formats {
@@ -29,19 +29,43 @@ fn sparse_formats_are_a_product() {
 
 #[test]
 fn names_that_are_not_formats() {
-    for name in
-        ["", "q", "q4", "q4g32", "q7g32a", "q4g48s", "q4g32x", "Q4G32A", "q+4g32a", "q04g32a", "q4g32a-f16", "f64"]
-    {
+    for name in [
+        "",
+        "q",
+        "q4",
+        "q4g32",
+        "q7g32a",
+        "q4g48s",
+        "q4g32x",
+        "Q4G32A",
+        "q+4g32a",
+        "q04g32a",
+        "q4g32a-f16",
+        "f64",
+        "q4g32a-08",
+        "q4g48a-8",
+    ] {
         assert!(Format::parse(name).is_err(), "{name}");
     }
-    for name in ["q4g32s-", "q4g32s-b", "q4g32s-b050", "q4g32s-b+5", "q4g32s-dense", "q4g32s-2:4-f32", "q4g32s-2:04"] {
+    for name in [
+        "q4g32s-",
+        "q4g32s-b",
+        "q4g32s-b050",
+        "q4g32s-b+5",
+        "q4g32s-dense",
+        "q4g32s-2:4-f32",
+        "q4g32s-2:04",
+        "q4g32s-2:4-8",
+    ] {
         assert!(matches!(Format::parse(name), Err(KernelError::UnknownFormat { .. })), "{name}");
     }
     for name in ["q4g32s-1:4", "q4g32s-4:4", "q4g32s-0:0", "q4g32s-b0", "q4g32s-b100", "q4g16s-2:4"] {
         assert!(matches!(Format::parse(name), Err(KernelError::UnsupportedPattern { .. })), "{name}");
     }
-    let f32_scales = QuantFormat::new(4, 32, true, ScaleType::F32).unwrap();
-    assert!(f32_scales.with_pattern(SparsePattern::NofM { n: 2, m: 4 }).is_err());
+    for scale_type in [ScaleType::F32, ScaleType::U8] {
+        let dense = QuantFormat::new(4, 32, true, scale_type).unwrap();
+        assert!(dense.with_pattern(SparsePattern::NofM { n: 2, m: 4 }).is_err());
+    }
 }
 
 #[test]
@@ -58,6 +82,10 @@ fn sizes() {
     check("q3g64s", 65, 9, 1);
     check("q6g16s-f32", 40, 12, 3);
     check("q2g16a-f32", 40, 4, 6);
+    // A word of units; 5 groups are 2 words of codes.
+    check("q4g32a-8", 130, 20, 1 + 2 + 2);
+    check("q4g32s-8", 130, 20, 1 + 2);
+    check("q2g16a-8", 64, 4, 1 + 1 + 1);
     // A mask word for 32 columns, and a block of codes for 32 kept ones.
     check("q4g32s-4:8", 64, 2 + 4, 1);
     check("q4g32s-2:4", 70, 3 + 2 * 4, 2);
@@ -66,6 +94,8 @@ fn sizes() {
     let bits = |name: &str, cols| Format::parse(name).unwrap().bits_per_weight(cols);
     assert_eq!(bits("q4g32a", 64), 5.0);
     assert_eq!(bits("q4g32s", 64), 4.5);
+    assert_eq!(bits("q4g32a-8", 2048), 4.515625);
+    assert_eq!(bits("q2g16a-8", 2048), 3.015625);
     assert_eq!(bits("q4g32s-4:8", 64), 3.5);
     assert_eq!(bits("q2g128s-2:4", 256), 2.125);
     assert_eq!(bits("q8g64a-b25", 128), 3.5);
@@ -131,4 +161,31 @@ fn codes_are_a_little_endian_bit_stream() {
             }
         }
     }
+}
+
+/// A row of three groups by hand: their ends are -8 and 7, -1 and 0.5, and 0 and 0.
+#[test]
+fn two_level_scales_by_hand() {
+    let mut values = vec![0.0f32; 96];
+    values[..4].copy_from_slice(&[-8.0, 7.0, 1.0, 0.25]);
+    values[32..36].copy_from_slice(&[-1.0, 0.5, 0.0, -0.25]);
+    let packed = |name: &str| {
+        let layout = PackedLayout::new(1, 96, Format::parse(name).unwrap()).unwrap();
+        let packed = crate::PackedHost::quantize(&values, layout).unwrap();
+        (bytemuck::cast_slice::<u8, u32>(&packed.scales).to_vec(), packed.dequantize())
+    };
+    // The minima -8, -1 and 0 are whole multiples of 8 and 1, of which 1 is the unit, 0x3f80 in bfloat16: -8, -1, 0.
+    // The steps are 15 / 15 = 1, 1.5 / 15 = 0.1 and 0: not multiples of one unit of 8 bits. The unit is 1 / 255, rounded
+    // up from 0x3b80_8081 to 0x3b81, 0.003936767578125: codes are 254.02 and 25.4, rounded up: 255, 26 and 0.
+    let (scales, values) = packed("q4g32a-8");
+    assert_eq!(scales, [0x3f80_3b81, 26 << 8 | 255, 0xff << 8 | 0xf8]);
+    let (first, second) = (255.0 * 0.003_936_767_578_125f32, 26.0 * 0.003_936_767_578_125f32);
+    assert_eq!(values[..4], [-8.0, 15.0 * first - 8.0, 9.0 * first - 8.0, 8.0 * first - 8.0]);
+    assert_eq!(values[32..36], [-1.0, 15.0 * second - 1.0, 10.0 * second - 1.0, 7.0 * second - 1.0]);
+    assert_eq!(values[64..], [0.0; 32]);
+    // Extremes of -8, -1 and 0 are scales of 1, 1/8 and 0: multiples of 1/8, which is 0x3e00.
+    let (scales, values) = packed("q4g32s-8");
+    assert_eq!(scales, [0x3e00, 1 << 8 | 8]);
+    assert_eq!(values[..4], [-8.0, 7.0, 1.0, 0.0]);
+    assert_eq!(values[32..36], [-1.0, 0.5, 0.0, -0.25]);
 }

@@ -9,13 +9,14 @@ fn layout(rows: usize, cols: usize, format: Format) -> PackedLayout {
     PackedLayout::new(rows, cols, format).unwrap()
 }
 
-/// Largest error that the module documentation of `format` allows for a group of `values` that decode to `back`.
-fn allowed(format: Format, values: &[f32]) -> f32 {
+/// Largest error that the module documentation of `format` allows for a group of `values` of a row.
+fn allowed(format: Format, row: &[f32], values: &[f32]) -> f32 {
     let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     let step = match format {
         Format::F32 => return 0.0,
         Format::F16 => return largest * 2f32.powi(-11) + 2f32.powi(-25),
         Format::BF16 => return largest * 2f32.powi(-8),
+        Format::Quantized(q) if q.scale_type == ScaleType::U8 => return allowed_two_levels(q, row, values),
         Format::Quantized(q) => {
             let levels = ((1u32 << q.bit_width) - 1) as f32;
             if q.symmetric {
@@ -34,6 +35,25 @@ fn allowed(format: Format, values: &[f32]) -> f32 {
         }
     };
     step / 2.0 + largest * 1e-6
+}
+
+/// The same with two-level scales: a group's ends are off by up to a unit of the row, which is the largest scale or
+/// minimum of the row over 127 or 255, rounded up to eight bits.
+fn allowed_two_levels(q: QuantFormat, row: &[f32], values: &[f32]) -> f32 {
+    let largest = |values: &[f32]| values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let above = |unit: f32| unit * (1.0 + 2f32.powi(-7)) + 1e-40;
+    let slack = largest(values) * 1e-6;
+    if q.symmetric {
+        let zero = q.zero_point() as f32;
+        return largest(values) / zero + above(largest(row) / zero / 127.0) + slack;
+    }
+    let (groups, levels) = (row.chunks(usize::from(q.group_size)), ((1u32 << q.bit_width) - 1) as f32);
+    let low = |values: &[f32]| values.iter().copied().fold(f32::INFINITY, f32::min);
+    let high = |values: &[f32]| values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let min_unit = above(groups.clone().map(|group| low(group).abs()).fold(0.0, f32::max) / 127.0);
+    let step = |values: &[f32]| (high(values) - low(values) + min_unit) / levels;
+    let scale_unit = above(groups.map(step).fold(0.0, f32::max) / 255.0);
+    (step(values) + scale_unit) / 2.0 + slack
 }
 
 /// Which columns of a row are stored: all of a dense format's, what the mask says of a sparse one's.
@@ -70,11 +90,12 @@ fn check_bound(format: Format, rows: usize, cols: usize, values: &[f32]) {
     let back = packed.dequantize();
     let group = format.quantized().map_or(1, |q| usize::from(q.group_size));
     for (row, (values, back)) in values.chunks(cols).zip(back.chunks(cols)).enumerate() {
+        let values_of_row = values;
         let stored = stored(&packed, row);
         check_pattern(format, values, &stored);
         for ((values, back), stored) in values.chunks(group).zip(back.chunks(group)).zip(stored.chunks(group)) {
             let kept: Vec<f32> = values.iter().zip(stored).filter(|(_, stored)| **stored).map(|(v, _)| *v).collect();
-            let bound = allowed(format, &kept);
+            let bound = allowed(format, values_of_row, &kept);
             for ((v, b), stored) in values.iter().zip(back).zip(stored) {
                 if *stored {
                     assert!((v - b).abs() <= bound, "{format}: {v} became {b}, bound {bound}");
@@ -164,7 +185,7 @@ fn extremes() {
             Format::F32 => f32::MAX,
             Format::F16 => 65504.0,
             Format::BF16 => 3.3e38,
-            Format::Quantized(q) if q.scale_type == ScaleType::F32 => 1e38,
+            Format::Quantized(q) if q.scale_type != ScaleType::F16 => 1e38,
             Format::Quantized(_) => 60000.0,
         };
         check_bound(format, 1, 33, &[-largest / 4.0; 33]);

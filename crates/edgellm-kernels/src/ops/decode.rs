@@ -113,7 +113,35 @@ fn group_scales<B: Backend>(
         (ScaleType::F32, true) => (float_bits::<B>(scales, 8, 23), None),
         (ScaleType::F16, false) => interleaved::<B>(float_bits::<B>(halves::<B>(scales, 2 * groups), 5, 10), groups),
         (ScaleType::F32, false) => interleaved::<B>(float_bits::<B>(scales, 8, 23), groups),
+        (ScaleType::U8, symmetric) => two_levels::<B>(scales, groups, symmetric),
     }
+}
+
+/// Scales and minima of bytes and a row's units: `[n, words]` to twice `[n, groups]`.
+fn two_levels<B: Backend>(
+    scales: IntTensor<B>,
+    groups: usize,
+    symmetric: bool,
+) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
+    let device = scales.device();
+    let n = scales.shape()[0];
+    let units = float_bits::<B>(halves::<B>(scales.clone(), 2), 8, 7);
+    let column = |t: FloatTensor<B>, i| B::float_slice(t, &[Slice::from(0..n), Slice::from(i..i + 1)]);
+    let codes = |first: usize, signed: bool| {
+        let index = indices::<B>((0..groups).map(|g| (first + g / 4) as i32).collect(), &device);
+        let shift = u32s::<B>((0..groups).map(|g| 8 * (g as u32 % 4)).collect(), [1, groups], &device);
+        let codes = B::bitwise_right_shift(B::int_select(scales.clone(), 1, index), shift);
+        let codes = B::bitwise_and_scalar(codes, 0xff_i64.into());
+        if !signed {
+            return B::int_into_float(codes, FloatDType::F32);
+        }
+        // The sign's bit turned, a byte is the code and 128.
+        let codes = B::int_into_float(B::bitwise_xor_scalar(codes, 0x80_i64.into()), FloatDType::F32);
+        B::float_add_scalar(codes, (-128.0).into())
+    };
+    let scale = B::float_mul(codes(1, symmetric), column(units.clone(), 0));
+    let min = (!symmetric).then(|| B::float_mul(codes(1 + groups.div_ceil(4), true), column(units, 1)));
+    (scale, min)
 }
 
 /// Splits `[n, 2 groups]` into its even and odd columns.

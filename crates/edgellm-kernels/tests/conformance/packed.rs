@@ -203,6 +203,9 @@ fn arbitrary_codes() {
             let scale = |i: usize| match q.scale_type {
                 ScaleType::F16 => word(i) & 0x83ff_83ff | 0x3800_3800,
                 ScaleType::F32 => word(i) & 0x807f_ffff | 0x3f00_0000,
+                // Units around 1/64, of both signs, and arbitrary codes.
+                ScaleType::U8 if i.is_multiple_of(layout.row_scale_words()) => word(i) & 0x807f_807f | 0x3c00_3c00,
+                ScaleType::U8 => word(i),
             };
             let scales: Vec<u32> = (0..rows * layout.row_scale_words()).map(scale).collect();
             let host = PackedHost::from_parts(layout, Bytes::from_elems(words), Bytes::from_elems(scales)).unwrap();

@@ -80,7 +80,12 @@ fn check(measurement: &Measurement) -> Result<(), ModelError> {
 }
 
 /// The policy that gives unit `i` the format `formats[i]`.
-pub(crate) fn policy(solver: &str, measurement: &Measurement, budget: &Budget, formats: &[LayerFormat]) -> CompressionPolicy {
+pub(crate) fn policy(
+    solver: &str,
+    measurement: &Measurement,
+    budget: &Budget,
+    formats: &[LayerFormat],
+) -> CompressionPolicy {
     let units = measurement.units.iter().zip(formats);
     CompressionPolicy {
         format_version: CompressionPolicy::VERSION,

@@ -76,10 +76,8 @@ pub fn dequantize(ggml_type: GgmlType, content: &[u8], out: &mut [f32]) {
         }
         return;
     };
-    let number = |bits: u32| match format.scale_type {
-        ScaleType::F16 => f16::from_bits(bits as u16).to_f32(),
-        ScaleType::F32 => f32::from_bits(bits),
-    };
+    let half = format.scale_type == ScaleType::F16;
+    let number = |bits: u32| if half { f16::from_bits(bits as u16).to_f32() } else { f32::from_bits(bits) };
     let zero = format.zero_point() as i32;
     out.par_chunks_mut(len).zip(content.par_chunks_exact(size)).for_each_init(Block::new, |block, (out, content)| {
         decode(ggml_type, content, block);
@@ -166,12 +164,13 @@ fn pack(codes: &[u8], width: u32, words: &mut [u32]) {
     }
 }
 
+/// Of the formats of [`packed_format`], whose scales are floats.
 fn store_scale(format: &QuantFormat, scales: &mut [u32], group: usize, (scale, min): (u32, u32)) {
-    match (format.scale_type, format.symmetric) {
-        (ScaleType::F16, true) => scales[group / 2] |= scale << (16 * (group % 2)),
-        (ScaleType::F16, false) => scales[group] = scale | min << 16,
-        (ScaleType::F32, true) => scales[group] = scale,
-        (ScaleType::F32, false) => {
+    match (format.scale_type == ScaleType::F16, format.symmetric) {
+        (true, true) => scales[group / 2] |= scale << (16 * (group % 2)),
+        (true, false) => scales[group] = scale | min << 16,
+        (false, true) => scales[group] = scale,
+        (false, false) => {
             scales[2 * group] = scale;
             scales[2 * group + 1] = min;
         }

@@ -64,12 +64,23 @@ impl FromStr for Pattern {
     }
 }
 
+/// How the scales and minima of quantized weights are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Scales {
+    /// A 16-bit float each.
+    #[default]
+    F16,
+    /// 8 bits each, times a unit of the row; for dense formats.
+    U8,
+}
+
 /// The format of one unit. `bit_width` 16 and 32 keep the weights as f16 and f32.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerFormat {
     /// Bits per weight code: 2, 3, 4, 5, 6, 8, or 16 (f16) or 32 (f32).
     pub bit_width: u8,
-    /// Weights that share a scale: 32, 64 or 128. Ignored by 16 and 32 bits.
+    /// Weights that share a scale: 16, 32, 64 or 128. Ignored by 16 and 32 bits.
     pub group_size: u16,
     /// Symmetric (`w = s (q - 2^(b-1))`) or asymmetric (`w = s q + m`) codes.
     pub symmetric: bool,
@@ -79,17 +90,25 @@ pub struct LayerFormat {
     /// Where the zeros may be.
     #[serde(default)]
     pub pattern: Pattern,
+    /// How scales and minima are stored. Ignored by 16 and 32 bits.
+    #[serde(default)]
+    pub scales: Scales,
 }
 
 impl LayerFormat {
-    /// A dense quantized format.
+    /// A dense quantized format with `f16` scales.
     pub fn quantized(bit_width: u8, group_size: u16, symmetric: bool) -> Self {
-        Self { bit_width, group_size, symmetric, sparsity: 0.0, pattern: Pattern::Dense }
+        Self { bit_width, group_size, symmetric, sparsity: 0.0, pattern: Pattern::Dense, scales: Scales::F16 }
     }
 
     /// A float format: `bit_width` 16 or 32.
     pub fn float(bit_width: u8) -> Self {
-        Self { bit_width, group_size: 32, symmetric: false, sparsity: 0.0, pattern: Pattern::Dense }
+        Self::quantized(bit_width, 32, false)
+    }
+
+    /// The same format with its scales stored in another way.
+    pub fn with_scales(self, scales: Scales) -> Self {
+        Self { scales, ..self }
     }
 
     /// The same format with `sparsity` of its weights at zero. Codes become symmetric: they hold zero exactly.
@@ -121,7 +140,8 @@ impl LayerFormat {
     /// `1 + k b / 100 < b`. Otherwise, all codes are stored, and zeros are the code of zero. Floats are stored whole.
     ///
     /// # Errors
-    /// A bit width, group size or sparsity that no kernel supports, or an `n:m` pattern whose sparsity is not 0.5.
+    /// A bit width, group size or sparsity that no kernel supports, an `n:m` pattern whose sparsity is not 0.5, or scales
+    /// of 8 bits where only some of the weights are stored.
     pub fn packed(&self) -> Result<Format, ModelError> {
         let bad = |expected: &str| ModelError::Value {
             what: format!("sparsity of the pattern {}", self.pattern),
@@ -138,7 +158,11 @@ impl LayerFormat {
             32 => Ok(Format::F32),
             16 => Ok(Format::F16),
             _ => {
-                let dense = QuantFormat::new(self.bit_width, self.group_size, self.symmetric, ScaleType::F16)?;
+                let scale_type = match self.scales {
+                    Scales::F16 => ScaleType::F16,
+                    Scales::U8 => ScaleType::U8,
+                };
+                let dense = QuantFormat::new(self.bit_width, self.group_size, self.symmetric, scale_type)?;
                 Ok(Format::Quantized(dense.with_pattern(self.stored_pattern())?))
             }
         }
@@ -169,7 +193,8 @@ impl LayerFormat {
             Format::F32 => Self::float(32),
             Format::F16 | Format::BF16 => Self::float(16),
             Format::Quantized(q) => {
-                let dense = Self::quantized(q.bit_width, q.group_size, q.symmetric);
+                let scales = if q.scale_type == ScaleType::U8 { Scales::U8 } else { Scales::F16 };
+                let dense = Self::quantized(q.bit_width, q.group_size, q.symmetric).with_scales(scales);
                 let (sparsity, pattern) = match q.pattern {
                     SparsePattern::Dense => return dense,
                     SparsePattern::Bitmask { percent } => {
@@ -188,7 +213,10 @@ impl fmt::Display for LayerFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.bit_width {
             bits @ (16 | 32) => write!(f, "f{bits}")?,
-            bits => write!(f, "q{bits}g{}{}", self.group_size, if self.symmetric { 's' } else { 'a' })?,
+            bits => {
+                let scales = if self.scales == Scales::U8 { "-8" } else { "" };
+                write!(f, "q{bits}g{}{}{scales}", self.group_size, if self.symmetric { 's' } else { 'a' })?;
+            }
         }
         match self.pattern {
             pattern @ (Pattern::TwoFour | Pattern::FourEight) => write!(f, "-{pattern}"),
@@ -254,9 +282,25 @@ mod tests {
 
     #[test]
     fn formats_of_matrices_and_back() {
-        for name in ["q4g32s-2:4", "q3g64a-4:8", "q4g32s-b50", "q8g128s-b87", "q2g32s-b1", "q4g32a", "f16", "f32"] {
+        for name in
+            ["q4g32s-2:4", "q3g64a-4:8", "q4g32s-b50", "q8g128s-b87", "q2g32s-b1", "q4g32a", "q2g16a-8", "f16", "f32"]
+        {
             let format = Format::parse(name).unwrap();
             assert_eq!(LayerFormat::of(format).packed().unwrap(), format, "{name}");
+        }
+    }
+
+    #[test]
+    fn scales_of_8_bits() {
+        let format = LayerFormat::quantized(4, 32, false).with_scales(Scales::U8);
+        assert_eq!((format.to_string(), packed(format)), ("q4g32a-8".into(), "q4g32a-8".into()));
+        assert_eq!(LayerFormat::of(format.packed().unwrap()), format);
+        assert_eq!(packed(LayerFormat::float(16).with_scales(Scales::U8)), "f16");
+        // Zeros that are stored as codes are a dense format; masks have scales of 16 bits.
+        let symmetric = LayerFormat { symmetric: true, ..format };
+        assert_eq!(packed(symmetric.with_sparsity(0.2)), "q4g32s-8");
+        for sparse in [symmetric.with_sparsity(0.5), format.with_n_of_m(Pattern::FourEight)] {
+            assert!(sparse.packed().unwrap_err().to_string().contains("f16 scales"), "{sparse}");
         }
     }
 
@@ -277,6 +321,9 @@ mod tests {
         assert_eq!(read(&format!("{{{base}}}")), LayerFormat::quantized(4, 32, true));
         let pruned = LayerFormat::quantized(4, 32, true).with_sparsity(0.5);
         assert_eq!(read(&format!(r#"{{{base}, "sparsity": 0.5, "pattern": "unstructured"}}"#)), pruned);
+        let small = LayerFormat::quantized(4, 32, true).with_scales(Scales::U8);
+        assert_eq!(read(&format!(r#"{{{base}, "scales": "u8"}}"#)), small);
+        assert_eq!(read(&serde_json::to_string(&small).unwrap()), small);
         for pattern in Pattern::ALL {
             assert_eq!(Pattern::from_str(pattern.name()), Ok(pattern));
             assert_eq!(serde_json::to_string(&pattern).unwrap(), format!("\"{pattern}\""));

@@ -11,7 +11,7 @@ mod profile;
 mod unit;
 
 pub use file::{Value, read_value, write_value};
-pub use format::{LayerFormat, Pattern};
+pub use format::{LayerFormat, Pattern, Scales};
 pub use measurement::{Measurement, UnitMeasurement};
 pub use policy::{Budget, CompressionPolicy, UnitPolicy};
 pub use profile::{CoreKind, DeviceProfile};

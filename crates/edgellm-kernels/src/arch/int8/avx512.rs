@@ -169,6 +169,12 @@ unsafe impl Vector for Avx512Vnni {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+
+    #[inline(always)]
     unsafe fn total(v: __m512i) -> i32 {
         // SAFETY: the trait's contract.
         unsafe { _mm512_reduce_add_epi32(v) }

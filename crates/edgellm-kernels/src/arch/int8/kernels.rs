@@ -312,9 +312,11 @@ struct Stored<const B: usize, const PARTS: usize> {
 #[derive(Clone, Copy)]
 struct Scales {
     symmetric: bool,
-    half: bool,
+    scale_type: ScaleType,
     /// `log2` of the blocks of a group.
     shift: u32,
+    /// Bytes before the first group: the rows' units.
+    units: usize,
     /// Bytes of a group.
     stride: usize,
     /// Minimum over scale of a symmetric format, less the bias of the codes.
@@ -327,12 +329,18 @@ impl Scales {
     /// `bias`: what the codes' bytes are centred by.
     fn new(matrix: &Panels<'_>, bias: f32) -> Self {
         let q = matrix.format();
-        let half = q.scale_type == ScaleType::F16;
+        let vectors = if q.symmetric { 1 } else { 2 };
+        let (scale_bytes, unit_bytes) = match q.scale_type {
+            ScaleType::F16 => (2, 0),
+            ScaleType::F32 => (4, 0),
+            ScaleType::U8 => (1, 4),
+        };
         Scales {
             symmetric: q.symmetric,
-            half,
+            scale_type: q.scale_type,
             shift: (usize::from(q.group_size) / BLOCK).max(1).ilog2(),
-            stride: if half { 32 } else { 64 } * if q.symmetric { 1 } else { 2 },
+            units: unit_bytes * PANEL_ROWS * vectors,
+            stride: scale_bytes * PANEL_ROWS * vectors,
             zero: bias - q.zero_point() as f32,
             bias,
         }
@@ -342,16 +350,27 @@ impl Scales {
     /// The group exists; the instruction set is `L`.
     #[inline(always)]
     unsafe fn get<L: Vector, const PARTS: usize>(&self, start: *const u8, block: usize, part: usize) -> (L::F, L::F) {
-        // SAFETY: a group's `stride` bytes lie in the panel, whose scales begin at `start`.
+        // SAFETY: the units and a group's `stride` bytes lie in the panel, whose scales begin at `start`.
         unsafe {
             let group = if PARTS == 2 { 2 * block + part } else { block >> self.shift };
-            let p = start.add(group * self.stride);
-            let scale = if self.half { L::load_f16(p) } else { L::load_f(p.cast()) };
+            let p = start.add(self.units + group * self.stride);
+            let scale = match self.scale_type {
+                ScaleType::F16 => L::load_f16(p),
+                ScaleType::F32 => L::load_f(p.cast()),
+                ScaleType::U8 => {
+                    let codes = if self.symmetric { L::load_i8(p.cast()) } else { L::load_u8(p) };
+                    L::mul(codes, L::load_f(start.cast()))
+                }
+            };
             let min = if self.symmetric {
                 L::mul(scale, L::splat(self.zero))
             } else {
                 let p = p.add(self.stride / 2);
-                let min = if self.half { L::load_f16(p) } else { L::load_f(p.cast()) };
+                let min = match self.scale_type {
+                    ScaleType::F16 => L::load_f16(p),
+                    ScaleType::F32 => L::load_f(p.cast()),
+                    ScaleType::U8 => L::mul(L::load_i8(p.cast()), L::load_f(start.cast::<f32>().add(PANEL_ROWS))),
+                };
                 L::fma(scale, L::splat(self.bias), min)
             };
             (scale, min)

@@ -227,6 +227,8 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn store_f(p: *mut f32, v: Self::F);
     /// Sixteen signed bytes, as floats.
     unsafe fn load_i8(p: *const i8) -> Self::F;
+    /// Sixteen bytes of 0 to 255, as floats.
+    unsafe fn load_u8(p: *const u8) -> Self::F;
     /// Sixteen half-precision floats: 32 bytes.
     unsafe fn load_f16(p: *const u8) -> Self::F;
     /// All lanes the same.

@@ -461,6 +461,21 @@ macro_rules! vector {
             }
 
             #[inline(always)]
+            unsafe fn load_u8(p: *const u8) -> Self::F {
+                // SAFETY: the trait's contract.
+                unsafe {
+                    let bytes = vld1q_u8(p);
+                    let (low, high) = (vmovl_u8(vget_low_u8(bytes)), vmovl_high_u8(bytes));
+                    [
+                        vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))),
+                        vcvtq_f32_u32(vmovl_high_u16(low)),
+                        vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))),
+                        vcvtq_f32_u32(vmovl_high_u16(high)),
+                    ]
+                }
+            }
+
+            #[inline(always)]
             unsafe fn total(v: Self::I) -> i32 {
                 // SAFETY: the trait's contract.
                 unsafe { vaddvq_s32(vaddq_s32(vaddq_s32(v[0], v[1]), vaddq_s32(v[2], v[3]))) }

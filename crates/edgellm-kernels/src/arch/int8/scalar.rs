@@ -148,6 +148,12 @@ unsafe impl Vector for Scalar {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self::F {
+        // SAFETY: the trait's contract.
+        unsafe { p.cast::<[u8; 16]>().read_unaligned().map(f32::from) }
+    }
+
+    #[inline(always)]
     unsafe fn total(v: Self::I) -> i32 {
         v.into_iter().sum()
     }

@@ -100,8 +100,11 @@ impl<'a> Tile<'a> {
         }
         let (kept, codes) = by_column.iter().enumerate().filter_map(|(col, code)| code.map(|c| (col, c))).unzip();
         let Grids { scale, min } = &self.best.grids;
+        let scales: Vec<f32> = scale.iter().map(|s| s[lane]).collect();
+        let mins: Vec<f32> = if self.format.symmetric { Vec::new() } else { min.iter().map(|m| m[lane]).collect() };
+        let units = self.format.choose_units(&scales, &mins);
         let grids = scale.iter().zip(min).map(|(scale, min)| Grid { scale: scale[lane], min: min[lane] }).collect();
-        Rounded { kept, codes, grids }
+        Rounded { kept, codes, grids, units, error: self.best.loss[lane] }
     }
 
     #[inline(always)]
@@ -199,11 +202,20 @@ impl<'a> Tile<'a> {
 
     /// Rounds all grids to what the format stores.
     fn store_grids(&mut self) {
-        for (scale, min) in self.grids.scale.iter_mut().zip(&mut self.grids.min) {
-            for l in 0..self.rows {
-                let (s, m) = self.format.rounded_grid(scale[l], min[l]);
-                // What does not fit the storage falls back to a grid of zeros; a better round may follow.
-                (scale[l], min[l]) = if s.is_finite() && m.is_finite() { (s, m) } else { (0.0, 0.0) };
+        let asymmetric = !self.format.symmetric;
+        for l in 0..self.rows {
+            let mut scales: Vec<f32> =
+                self.grids.scale.iter().map(|s| if asymmetric { s[l].max(0.0) } else { s[l] }).collect();
+            let mut mins: Vec<f32> =
+                if asymmetric { self.grids.min.iter().map(|m| m[l]).collect() } else { Vec::new() };
+            let stored = self.format.round_grids(l, &mut scales, &mut mins).is_ok();
+            for (group, scale) in scales.into_iter().enumerate() {
+                // What cannot be stored becomes a grid of zeros: it loses against any other round.
+                let scale = if stored { scale } else { 0.0 };
+                let centre = self.format.zero_point() as f32;
+                let min = if asymmetric { mins[group] } else { -scale * centre };
+                self.grids.scale[group][l] = scale;
+                self.grids.min[group][l] = if stored { min } else { 0.0 };
             }
         }
     }
