@@ -1,7 +1,8 @@
 //! Running calibration text through a model, block by block, and what the inputs of its matrices look like.
 //!
-//! The first token of a window is left out of the moments: its activations are outliers of their own (Sun et al.,
-//! "Massive Activations in Large Language Models", arXiv 2402.17762), and would be most of what a sum of squares sees.
+//! All tokens count, the first of a window too. Its activations are outliers of their own (Sun et al., "Massive Activations
+//! in Large Language Models", arXiv 2402.17762) that all later tokens attend to: left out of the moments, error feedback
+//! would move errors into their directions, and break the model.
 
 use std::cell::RefCell;
 
@@ -140,12 +141,9 @@ impl States {
         let sums: RefCell<Vec<Option<Tensor<2>>>> = RefCell::new(vec![None; sites.len()]);
         let mut batches = Vec::with_capacity(self.batches.len());
         for x in &self.batches {
-            let [windows, tokens, _] = x.dims();
             let observer = |projection: Projection, input: &Tensor<2>| {
                 let Some(at) = sites.iter().position(|site| site.first() == projection) else { return };
-                let [_, width] = input.dims();
-                let input = input.clone().reshape([windows, tokens, width]);
-                add(&mut sums.borrow_mut()[at], without_first(input));
+                add(&mut sums.borrow_mut()[at], input.clone());
             };
             batches.push(decoder.run_block(block, index, x.clone(), Some(&observer)));
         }
@@ -160,19 +158,10 @@ impl States {
         for x in &self.batches {
             let [windows, tokens, width] = x.dims();
             let normed = decoder.exit_norm(x.clone().reshape([windows * tokens, width]), decoder.n_blocks(), None);
-            add(&mut sum, without_first(normed.reshape([windows, tokens, width])));
+            add(&mut sum, normed);
         }
         gram(sum.expect("states are never empty"), damping)
     }
-}
-
-/// All tokens but the first of every window, `[tokens, width]`; of windows of one token, that one.
-fn without_first(x: Tensor<3>) -> Tensor<2> {
-    let [windows, tokens, width] = x.dims();
-    if tokens == 1 {
-        return x.reshape([windows, width]);
-    }
-    x.narrow(1, 1, tokens - 1).reshape([windows * (tokens - 1), width])
 }
 
 fn add(sum: &mut Option<Tensor<2>>, x: Tensor<2>) {

@@ -164,6 +164,37 @@ impl Kernel {
     }
 }
 
+/// Code that is long enough for the compiler to leave it out of line as a closure.
+pub(crate) trait Vectorized {
+    /// Does the work. Implementations, and what they call, are `#[inline(always)]`.
+    fn run(self);
+}
+
+/// As [`vectorized`], for longer code.
+pub(crate) fn run_vectorized(kernel: Kernel, work: impl Vectorized) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+        fn avx512(work: impl Vectorized) {
+            work.run();
+        }
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn avx2(work: impl Vectorized) {
+            work.run();
+        }
+        match kernel {
+            // SAFETY: the variant proves the instruction sets.
+            Kernel::Avx512Vnni(_) => return unsafe { avx512(work) },
+            // SAFETY: the variants prove AVX2, FMA and F16C.
+            Kernel::Avx2(_) | Kernel::Avx512(_) => return unsafe { avx2(work) },
+            Kernel::Scalar(_) => {}
+        }
+    }
+    // Elsewhere the baseline has vectors.
+    let _ = kernel;
+    work.run();
+}
+
 /// Runs plain code compiled for the active instruction set, so that the compiler vectorizes its loops with it.
 pub(crate) fn vectorized<R>(kernel: Kernel, f: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]

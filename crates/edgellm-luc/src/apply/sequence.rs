@@ -63,23 +63,23 @@ impl<'a> Sequence<'a> {
         let (decoder, device) = (self.decoder, self.decoder.device());
         let mut block = DenseBlock::new(&decoder.store().block(index)?, device)?;
         let mut packed: [Option<PackedHost>; 7] = Default::default();
-        for site in Site::ALL {
-            let inputs = match &self.states {
-                Some(states) => states.observe(decoder, &block.block, index, &[site])?.1.pop(),
-                None => None,
-            };
-            for projection in site.projections() {
-                let format = format_of(self.policy, Unit::Linear(index, projection), &projection.weight_name(index))?;
-                let linear = block.block.linear_mut(projection);
-                let [rows, cols] = linear.weight.shape();
-                let values = &block.values[projection as usize];
-                let matrix = self.compressor.compress(values, rows, cols, &format, inputs.as_ref())?;
-                linear.weight = Weight::Dense(tensor(matrix.dequantize(), [rows, cols], device));
-                packed[projection as usize] = Some(matrix);
-            }
+        // Inputs within the block are those of its uncompressed matrices: a pass a block instead of four.
+        let inputs = match &self.states {
+            Some(states) => states.observe(decoder, &block.block, index, &Site::ALL)?.1,
+            None => Vec::new(),
+        };
+        for projection in Projection::ALL {
+            let format = format_of(self.policy, Unit::Linear(index, projection), &projection.weight_name(index))?;
+            let linear = block.block.linear_mut(projection);
+            let [rows, cols] = linear.weight.shape();
+            let values = &block.values[projection as usize];
+            let inputs = inputs.get(Site::of(projection) as usize);
+            let matrix = self.compressor.compress(values, rows, cols, &format, inputs)?;
+            linear.weight = Weight::Dense(tensor(matrix.dequantize(), [rows, cols], device));
+            packed[projection as usize] = Some(matrix);
         }
         self.states = self.states.take().map(|states| states.run(decoder, &block.block, index));
-        Ok(packed.into_iter().map(|matrix| matrix.expect("every projection has a site")).collect())
+        Ok(packed.into_iter().map(|matrix| matrix.expect("all projections were compressed")).collect())
     }
 
     /// The untied head, after the last block.

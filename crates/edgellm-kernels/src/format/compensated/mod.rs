@@ -19,13 +19,13 @@ mod tile;
 use rayon::prelude::*;
 
 use super::{Arrangement, PackedLayout, SparsePattern};
-use crate::arch::{Kernel, vectorized};
+use crate::arch::{Kernel, run_vectorized, vectorized};
 use crate::error::{KernelError, Result};
 use crate::host::PackedHost;
 
 pub use factor::InputGram;
 
-use tile::{LANES, Lanes, Tile, ZERO, feedback, keep};
+use tile::{LANES, Lanes, Rounding, Tile, ZERO, feedback, keep};
 
 /// How [`PackedHost::quantize_compensated`] works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,7 +85,7 @@ impl PackedHost {
             .zip(values.par_chunks(LANES * layout.cols))
             .for_each(|((words, scales), values)| {
                 let mut tile = Tile::new(format, how.pruned, factor, values);
-                vectorized(kernel, || tile.round(how.refits));
+                run_vectorized(kernel, Rounding { tile: &mut tile, refits: how.refits });
                 for (lane, (words, scales)) in
                     words.chunks_mut(row_words).zip(scales.chunks_mut(row_scales)).enumerate()
                 {

@@ -3,6 +3,7 @@
 //! All of it is inlined into one function that is compiled for the instruction set in use.
 
 use super::factor::Factor;
+use crate::arch::Vectorized;
 use crate::format::refit::{Grid, Rounded};
 use crate::format::{QuantFormat, SparsePattern};
 
@@ -41,6 +42,20 @@ pub(super) struct Tile<'a> {
     best: Best,
 }
 
+/// The rounding of a tile.
+pub(super) struct Rounding<'t, 'a> {
+    pub(super) tile: &'t mut Tile<'a>,
+    /// Times that grids are fitted again to the codes.
+    pub(super) refits: usize,
+}
+
+impl Vectorized for Rounding<'_, '_> {
+    #[inline(always)]
+    fn run(self) {
+        self.tile.round(self.refits);
+    }
+}
+
 /// The best rounding so far, row by row.
 struct Best {
     loss: Lanes,
@@ -71,7 +86,7 @@ impl<'a> Tile<'a> {
 
     /// Rounds all rows.
     #[inline(always)]
-    pub(super) fn round(&mut self, refits: usize) {
+    fn round(&mut self, refits: usize) {
         for group in 0..self.groups.len() {
             self.search(group);
         }
