@@ -12,7 +12,8 @@ use edgellm_kernels::{
 const ROWS: usize = 1536;
 const COLS: usize = 576;
 const TOKENS: usize = 128;
-const FORMATS: [&str; 9] = ["q2g64s", "q3g64a", "q4g32a", "q5g32a", "q6g16s-f32", "q8g32s", "f16", "bf16", "f32"];
+const FORMATS: [&str; 10] =
+    ["q2g64s", "q3g64a", "q4g32a", "q4g32a-8", "q5g32a", "q6g16s-f32", "q8g32s", "f16", "bf16", "f32"];
 
 fn matrix(rows: usize, cols: usize, format: &str, device: &Device) -> PackedMatrix {
     let values: Vec<f32> = (0..rows * cols).map(|i| (i as f32 * 0.618).sin() * 0.05).collect();

@@ -302,7 +302,7 @@ pub(in crate::arch) trait Source<L: Vector> {
 }
 
 /// A panel as it is stored.
-struct Stored<const B: usize, const PARTS: usize> {
+struct Stored<const B: usize, const PARTS: usize, const LEVELS: usize> {
     words: *const u8,
     scales: *const u8,
     layout: Scales,
@@ -312,7 +312,9 @@ struct Stored<const B: usize, const PARTS: usize> {
 #[derive(Clone, Copy)]
 struct Scales {
     symmetric: bool,
-    scale_type: ScaleType,
+    /// Whether scales are half-precision floats; otherwise single-precision ones, or of two levels.
+    half: bool,
+    two_levels: bool,
     /// `log2` of the blocks of a group.
     shift: u32,
     /// Bytes before the first group: the rows' units.
@@ -337,7 +339,8 @@ impl Scales {
         };
         Scales {
             symmetric: q.symmetric,
-            scale_type: q.scale_type,
+            half: q.scale_type == ScaleType::F16,
+            two_levels: q.scale_type == ScaleType::U8,
             shift: (usize::from(q.group_size) / BLOCK).max(1).ilog2(),
             units: unit_bytes * PANEL_ROWS * vectors,
             stride: scale_bytes * PANEL_ROWS * vectors,
@@ -350,27 +353,47 @@ impl Scales {
     /// The group exists; the instruction set is `L`.
     #[inline(always)]
     unsafe fn get<L: Vector, const PARTS: usize>(&self, start: *const u8, block: usize, part: usize) -> (L::F, L::F) {
+        // SAFETY: the function's contract.
+        unsafe {
+            if self.two_levels {
+                self.get_as::<L, PARTS, 2>(start, block, part)
+            } else {
+                self.get_as::<L, PARTS, 1>(start, block, part)
+            }
+        }
+    }
+
+    /// The same of scales of so many levels.
+    ///
+    /// # Safety
+    /// As [`get`](Self::get).
+    #[inline(always)]
+    unsafe fn get_as<L: Vector, const PARTS: usize, const LEVELS: usize>(
+        &self,
+        start: *const u8,
+        block: usize,
+        part: usize,
+    ) -> (L::F, L::F) {
+        let group = if PARTS == 2 { 2 * block + part } else { block >> self.shift };
         // SAFETY: the units and a group's `stride` bytes lie in the panel, whose scales begin at `start`.
         unsafe {
-            let group = if PARTS == 2 { 2 * block + part } else { block >> self.shift };
-            let p = start.add(self.units + group * self.stride);
-            let scale = match self.scale_type {
-                ScaleType::F16 => L::load_f16(p),
-                ScaleType::F32 => L::load_f(p.cast()),
-                ScaleType::U8 => {
-                    let codes = if self.symmetric { L::load_i8(p.cast()) } else { L::load_u8(p) };
-                    L::mul(codes, L::load_f(start.cast()))
+            if LEVELS == 2 {
+                let (p, units) = (start.add(self.units + group * self.stride), start.cast::<f32>());
+                let codes = if self.symmetric { L::load_i8(p.cast()) } else { L::load_u8(p) };
+                let scale = L::mul(codes, L::load_f(units));
+                if self.symmetric {
+                    return (scale, L::mul(scale, L::splat(self.zero)));
                 }
-            };
+                let min = L::mul(L::load_i8(p.add(PANEL_ROWS).cast()), L::load_f(units.add(PANEL_ROWS)));
+                return (scale, L::fma(scale, L::splat(self.bias), min));
+            }
+            let p = start.add(group * self.stride);
+            let scale = if self.half { L::load_f16(p) } else { L::load_f(p.cast()) };
             let min = if self.symmetric {
                 L::mul(scale, L::splat(self.zero))
             } else {
                 let p = p.add(self.stride / 2);
-                let min = match self.scale_type {
-                    ScaleType::F16 => L::load_f16(p),
-                    ScaleType::F32 => L::load_f(p.cast()),
-                    ScaleType::U8 => L::mul(L::load_i8(p.cast()), L::load_f(start.cast::<f32>().add(PANEL_ROWS))),
-                };
+                let min = if self.half { L::load_f16(p) } else { L::load_f(p.cast()) };
                 L::fma(scale, L::splat(self.bias), min)
             };
             (scale, min)
@@ -413,7 +436,7 @@ unsafe fn unpack<L: Vector, const B: usize>(block: *const u8, quad: usize) -> L:
     }
 }
 
-impl<L: Vector, const B: usize, const PARTS: usize> Source<L> for Stored<B, PARTS> {
+impl<L: Vector, const B: usize, const PARTS: usize, const LEVELS: usize> Source<L> for Stored<B, PARTS, LEVELS> {
     const PARTS: usize = PARTS;
     const BITS: usize = B;
 
@@ -436,7 +459,7 @@ impl<L: Vector, const B: usize, const PARTS: usize> Source<L> for Stored<B, PART
     #[inline(always)]
     unsafe fn scales(&self, block: usize, part: usize) -> (L::F, L::F) {
         // SAFETY: the block exists.
-        unsafe { self.layout.get::<L, PARTS>(self.scales, block, part) }
+        unsafe { self.layout.get_as::<L, PARTS, LEVELS>(self.scales, block, part) }
     }
 }
 
@@ -574,9 +597,23 @@ pub(super) unsafe fn place(task: &Task<'_, '_>, index: usize, first: usize) -> P
 /// The task was checked; the format has `B` bits and `PARTS` scales in a block; the instruction set is `L`.
 #[inline(always)]
 pub(super) unsafe fn few<L: Vector, const B: usize, const PARTS: usize>(task: &mut Task<'_, '_>) {
+    // SAFETY: the function's contract.
+    unsafe {
+        if task.matrix.format().scale_type == ScaleType::U8 {
+            few_of::<L, B, PARTS, 2>(task)
+        } else {
+            few_of::<L, B, PARTS, 1>(task)
+        }
+    }
+}
+
+/// # Safety
+/// As [`few`]; the scales have so many levels.
+#[inline(always)]
+unsafe fn few_of<L: Vector, const B: usize, const PARTS: usize, const LEVELS: usize>(task: &mut Task<'_, '_>) {
     let layout = Scales::new(&task.matrix, if B == 8 { L::BIAS as f32 } else { 0.0 });
     for (index, panel) in task.range.clone().enumerate() {
-        let source = Stored::<B, PARTS> {
+        let source = Stored::<B, PARTS, LEVELS> {
             words: task.matrix.panel_words(panel).as_ptr().cast(),
             scales: task.matrix.panel_scales(panel).as_ptr().cast(),
             layout,
