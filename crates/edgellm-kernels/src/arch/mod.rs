@@ -164,23 +164,26 @@ impl Kernel {
     }
 }
 
-/// Code that is long enough for the compiler to leave it out of line as a closure.
+/// Code that the compiler would leave out of line as a closure.
 pub(crate) trait Vectorized {
+    /// The result.
+    type Output;
+
     /// Does the work. Implementations, and what they call, are `#[inline(always)]`.
-    fn run(self);
+    fn run(self) -> Self::Output;
 }
 
 /// As [`vectorized`], for longer code.
-pub(crate) fn run_vectorized(kernel: Kernel, work: impl Vectorized) {
+pub(crate) fn run_vectorized<W: Vectorized>(kernel: Kernel, work: W) -> W::Output {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-        fn avx512(work: impl Vectorized) {
-            work.run();
+        fn avx512<W: Vectorized>(work: W) -> W::Output {
+            work.run()
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2(work: impl Vectorized) {
-            work.run();
+        fn avx2<W: Vectorized>(work: W) -> W::Output {
+            work.run()
         }
         match kernel {
             // SAFETY: the variant proves the instruction sets.
@@ -192,7 +195,7 @@ pub(crate) fn run_vectorized(kernel: Kernel, work: impl Vectorized) {
     }
     // Elsewhere the baseline has vectors.
     let _ = kernel;
-    work.run();
+    work.run()
 }
 
 /// Runs plain code compiled for the active instruction set, so that the compiler vectorizes its loops with it.

@@ -19,13 +19,13 @@ mod tile;
 use rayon::prelude::*;
 
 use super::{Arrangement, PackedLayout, SparsePattern};
-use crate::arch::{Kernel, run_vectorized, vectorized};
+use crate::arch::{Kernel, run_vectorized};
 use crate::error::{KernelError, Result};
 use crate::host::PackedHost;
 
 pub use factor::InputGram;
 
-use tile::{LANES, Lanes, Rounding, Tile, ZERO, feedback, keep};
+use tile::{Feedback, LANES, Lanes, Tile, ZERO, keep};
 
 /// How [`PackedHost::quantize_compensated`] works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,14 +78,13 @@ impl PackedHost {
         let (row_words, row_scales) = (layout.row_words(), layout.row_scale_words());
         let words_u32: &mut [u32] = bytemuck::cast_slice_mut(&mut words);
         let scales_u32: &mut [u32] = bytemuck::cast_slice_mut(&mut scales);
-        let kernel = Kernel::active();
         words_u32
             .par_chunks_mut(LANES * row_words)
             .zip(scales_u32.par_chunks_mut(LANES * row_scales))
             .zip(values.par_chunks(LANES * layout.cols))
             .for_each(|((words, scales), values)| {
                 let mut tile = Tile::new(format, how.pruned, factor, values);
-                run_vectorized(kernel, Rounding { tile: &mut tile, refits: how.refits });
+                tile.round(how.refits);
                 for (lane, (words, scales)) in
                     words.chunks_mut(row_words).zip(scales.chunks_mut(row_scales)).enumerate()
                 {
@@ -117,21 +116,20 @@ pub fn prune_compensated(values: &[f32], pattern: SparsePattern, gram: &InputGra
     let (factor, kernel) = (gram.factor(false), Kernel::active());
     let mut out = values.to_vec();
     out.par_chunks_mut(LANES * cols).for_each(|values| {
-        vectorized(kernel, || {
-            let rows = values.len() / cols;
-            let lanes = |col: usize| std::array::from_fn(|l| if l < rows { values[l * cols + col] } else { 0.0 });
-            let w: Vec<Lanes> = (0..cols).map(lanes).collect();
-            let kept = keep(pattern, factor, &w, rows);
-            let mut errors = vec![ZERO; cols];
-            for k in 0..cols {
-                let target = feedback(factor.above(k), &errors, w[k]);
-                for l in 0..rows {
-                    let value = target[l] * kept[k][l];
-                    errors[k][l] = w[k][l] - value;
-                    values[l * cols + k] = value;
-                }
+        let rows = values.len() / cols;
+        let lanes = |col: usize| std::array::from_fn(|l| if l < rows { values[l * cols + col] } else { 0.0 });
+        let w: Vec<Lanes> = (0..cols).map(lanes).collect();
+        let kept = keep(pattern, factor, &w, rows);
+        let mut errors = vec![ZERO; cols];
+        for k in 0..cols {
+            let fed = Feedback { factors: factor.above(k), errors: &errors[..k], start: &w[k] };
+            let target = run_vectorized(kernel, fed);
+            for l in 0..rows {
+                let value = target[l] * kept[k][l];
+                errors[k][l] = w[k][l] - value;
+                values[l * cols + k] = value;
             }
-        });
+        }
     });
     Ok(out)
 }

@@ -1,9 +1,10 @@
 //! Sixteen rows of a matrix at a time, a row a lane.
 //!
-//! All of it is inlined into one function that is compiled for the instruction set in use.
+//! The loops with most work are functions of their own, each compiled for the instruction set in use: in a longer function
+//! the compiler leaves lanes in memory, and works on them one by one.
 
 use super::factor::Factor;
-use crate::arch::Vectorized;
+use crate::arch::{Kernel, Vectorized, run_vectorized};
 use crate::format::refit::{Grid, Rounded};
 use crate::format::{QuantFormat, SparsePattern};
 
@@ -12,6 +13,7 @@ pub(super) const LANES: usize = 16;
 
 pub(super) type Lanes = [f32; LANES];
 pub(super) const ZERO: Lanes = [0.0; LANES];
+const ONES: Lanes = [1.0; LANES];
 
 /// Factors on the extremes' scale that the search tries.
 const FACTORS: [f32; 9] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68, 0.62, 0.55];
@@ -25,6 +27,7 @@ struct Grids {
 
 /// A tile while it is rounded. Columns are in the factor's order.
 pub(super) struct Tile<'a> {
+    kernel: Kernel,
     format: QuantFormat,
     factor: &'a Factor,
     /// Rows that exist.
@@ -40,20 +43,6 @@ pub(super) struct Tile<'a> {
     /// `w - Q(w)`.
     errors: Vec<Lanes>,
     best: Best,
-}
-
-/// The rounding of a tile.
-pub(super) struct Rounding<'t, 'a> {
-    pub(super) tile: &'t mut Tile<'a>,
-    /// Times that grids are fitted again to the codes.
-    pub(super) refits: usize,
-}
-
-impl Vectorized for Rounding<'_, '_> {
-    #[inline(always)]
-    fn run(self) {
-        self.tile.round(self.refits);
-    }
 }
 
 /// The best rounding so far, row by row.
@@ -81,12 +70,23 @@ impl<'a> Tile<'a> {
         let best = Best { loss: [f32::INFINITY; LANES], grids: grids.clone(), codes: vec![ZERO; cols] };
         let pattern = if format.is_sparse() { format.pattern } else { pruned };
         let kept = if pattern == SparsePattern::Dense { Vec::new() } else { keep(pattern, factor, &w, rows) };
-        Tile { format, factor, rows, w, kept, groups, grids, codes: vec![ZERO; cols], errors: vec![ZERO; cols], best }
+        Tile {
+            kernel: Kernel::active(),
+            format,
+            factor,
+            rows,
+            w,
+            kept,
+            groups,
+            grids,
+            codes: vec![ZERO; cols],
+            errors: vec![ZERO; cols],
+            best,
+        }
     }
 
-    /// Rounds all rows.
-    #[inline(always)]
-    fn round(&mut self, refits: usize) {
+    /// Rounds all rows; grids are fitted again to the codes `refits` times.
+    pub(super) fn round(&mut self, refits: usize) {
         for group in 0..self.groups.len() {
             self.search(group);
         }
@@ -122,18 +122,20 @@ impl<'a> Tile<'a> {
         Rounded { kept, codes, grids, units, error: self.best.loss[lane] }
     }
 
-    #[inline(always)]
     fn top(&self) -> f32 {
         ((1u32 << self.format.bit_width) - 1) as f32
     }
 
+    fn centre(&self) -> f32 {
+        if self.format.symmetric { self.format.zero_point() as f32 } else { 0.0 }
+    }
+
     #[inline(always)]
     fn kept(&self, place: u32) -> Lanes {
-        self.kept.get(place as usize).copied().unwrap_or([1.0; LANES])
+        self.kept.get(place as usize).copied().unwrap_or(ONES)
     }
 
     /// The grid of a group with the least error of its weights, each rounded on its own and weighed by `D`.
-    #[inline(always)]
     fn search(&mut self, group: usize) {
         let (mut low, mut high, mut any) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES], ZERO);
         for &place in &self.groups[group] {
@@ -145,7 +147,7 @@ impl<'a> Tile<'a> {
             }
         }
         let top = self.top();
-        let centre = if self.format.symmetric { self.format.zero_point() as f32 } else { 0.0 };
+        let centre = self.centre();
         let mut best = [f32::INFINITY; LANES];
         for factor in FACTORS {
             let (mut scale, mut min) = (ZERO, ZERO);
@@ -166,7 +168,8 @@ impl<'a> Tile<'a> {
                 if self.format.symmetric {
                     min = scale.map(|s| -s * centre);
                 }
-                let (error, fitted) = self.try_grid(group, &scale, &min, centre);
+                let trial = Trial { tile: self, group, scale: &scale, min: &min };
+                let (error, fitted) = run_vectorized(self.kernel, trial);
                 for l in 0..LANES {
                     if error[l] < best[l] {
                         best[l] = error[l];
@@ -177,42 +180,6 @@ impl<'a> Tile<'a> {
                 (scale, min) = fitted;
             }
         }
-    }
-
-    /// The error of a group on a grid, and scale and minimum that fit the grid's codes best.
-    #[inline(always)]
-    fn try_grid(&self, group: usize, scale: &Lanes, min: &Lanes, centre: f32) -> (Lanes, (Lanes, Lanes)) {
-        let (top, inverse) = (self.top(), inverses(scale));
-        let (mut error, mut n, mut c, mut cc, mut v, mut cv) = (ZERO, ZERO, ZERO, ZERO, ZERO, ZERO);
-        for &place in &self.groups[group] {
-            let (w, kept, d) = (&self.w[place as usize], self.kept(place), self.factor.weights[place as usize]);
-            for l in 0..LANES {
-                let code = ((w[l] - min[l]) * inverse[l] + 0.5).floor().clamp(0.0, top);
-                let (e, weight) = (w[l] - (code * scale[l] + min[l]), d * kept[l]);
-                let code = code - centre;
-                error[l] += weight * e * e;
-                n[l] += weight;
-                c[l] += weight * code;
-                cc[l] += weight * code * code;
-                v[l] += weight * w[l];
-                cv[l] += weight * code * w[l];
-            }
-        }
-        let (mut new_scale, mut new_min) = (*scale, *min);
-        for l in 0..LANES {
-            if self.format.symmetric {
-                if cc[l] > 0.0 {
-                    new_scale[l] = cv[l] / cc[l];
-                }
-            } else {
-                let det = n[l] * cc[l] - c[l] * c[l];
-                if det > 1e-6 * n[l] * cc[l] {
-                    new_scale[l] = (n[l] * cv[l] - c[l] * v[l]) / det;
-                    new_min[l] = (v[l] - new_scale[l] * c[l]) / n[l];
-                }
-            }
-        }
-        (error, (new_scale, new_min))
     }
 
     /// Rounds all grids to what the format stores.
@@ -236,31 +203,36 @@ impl<'a> Tile<'a> {
     }
 
     /// Rounds column by column, with the feedback of the errors so far.
-    #[inline(always)]
     fn feed_forward(&mut self) {
         let top = self.top();
         let group_size = usize::from(self.format.group_size);
         let inverse: Vec<Lanes> = self.grids.scale.iter().map(inverses).collect();
         let mut loss = ZERO;
-        for k in 0..self.w.len() {
-            let target = feedback(self.factor.above(k), &self.errors, self.w[k]);
-            let group = self.factor.order[k] as usize / group_size;
-            let (scale, min, inverse) = (&self.grids.scale[group], &self.grids.min[group], &inverse[group]);
-            let (kept, d, w) = (self.kept(k as u32), self.factor.weights[k], &self.w[k]);
-            let (codes, errors) = (&mut self.codes[k], &mut self.errors[k]);
-            for l in 0..LANES {
-                let code = ((target[l] - min[l]) * inverse[l] + 0.5).floor().clamp(0.0, top);
-                let value = (code * scale[l] + min[l]) * kept[l];
-                codes[l] = code;
-                errors[l] = w[l] - value;
-                loss[l] += d * (target[l] - value) * (target[l] - value);
-            }
+        let n = self.w.len();
+        for k in 0..n {
+            let place = self.factor.order[k] as usize / group_size;
+            let (before, from) = self.errors.split_at_mut(k);
+            let fed = Feedback { factors: self.factor.above(k), errors: before, start: &self.w[k] };
+            let target = run_vectorized(self.kernel, fed);
+            let column = Column {
+                target: &target,
+                w: &self.w[k],
+                kept: self.kept.get(k).unwrap_or(&ONES),
+                scale: &self.grids.scale[place],
+                min: &self.grids.min[place],
+                inverse: &inverse[place],
+                weight: self.factor.weights[k],
+                top,
+                code: &mut self.codes[k],
+                error: &mut from[0],
+                loss: &mut loss,
+            };
+            run_vectorized(self.kernel, column);
         }
         self.keep_best(loss);
     }
 
     /// Rows that were rounded better than before are kept.
-    #[inline(always)]
     fn keep_best(&mut self, loss: Lanes) {
         let better: [bool; LANES] = std::array::from_fn(|l| loss[l] < self.best.loss[l]);
         if better.iter().any(|b| *b) {
@@ -278,37 +250,159 @@ impl<'a> Tile<'a> {
     }
 
     /// Fits scale and minimum of a group to its codes, by least squares in `H`, and brings the errors up to date.
-    #[inline(always)]
     fn refit(&mut self, group: usize) {
         let n = self.w.len();
-        let centre = if self.format.symmetric { self.format.zero_point() as f32 } else { 0.0 };
-        let members = &self.groups[group];
-        // `H e`, and `H` applied to the codes and to ones, at the members.
-        let (mut cr, mut or, mut cc, mut co, mut oo) = (ZERO, ZERO, ZERO, ZERO, ZERO);
-        for &i in members {
+        let centre = self.centre();
+        let mut sums = Normal::default();
+        for &i in &self.groups[group] {
             let row = &self.factor.gram[i as usize * n..(i as usize + 1) * n];
-            let r = feedback(row, &self.errors, ZERO);
+            // `H e`, and `H` applied to the codes and to ones, at the member.
+            let of_errors = run_vectorized(self.kernel, Feedback { factors: row, errors: &self.errors, start: &ZERO });
+            let (of_codes, of_ones) = run_vectorized(self.kernel, OfCodes { tile: self, group, row, centre });
             let (kept, codes) = (self.kept(i), &self.codes[i as usize]);
-            let (mut of_codes, mut of_ones) = (ZERO, ZERO);
-            for &j in members {
-                let (h, codes, kept) = (row[j as usize], &self.codes[j as usize], self.kept(j));
-                for l in 0..LANES {
-                    of_codes[l] += h * (codes[l] - centre) * kept[l];
-                    of_ones[l] += h * kept[l];
-                }
-            }
+            run_vectorized(
+                self.kernel,
+                Sums { sums: &mut sums, codes, kept: &kept, centre, of_errors, of_codes, of_ones },
+            );
+        }
+        let (ds, dm) = sums.solve(self.format.symmetric);
+        for &i in &self.groups[group] {
+            let kept = self.kept(i);
+            let (codes, error) = (&self.codes[i as usize], &mut self.errors[i as usize]);
+            run_vectorized(self.kernel, Moved { codes, kept: &kept, centre, ds: &ds, dm: &dm, error });
+        }
+        for l in 0..LANES {
+            self.grids.scale[group][l] += ds[l];
+            self.grids.min[group][l] += if self.format.symmetric { -ds[l] * centre } else { dm[l] };
+        }
+    }
+}
+
+/// One grid for a group: the error of the group on it, each weight rounded on its own and weighed by `D`, and scale and
+/// minimum that fit the grid's codes best.
+struct Trial<'t, 'a> {
+    tile: &'t Tile<'a>,
+    group: usize,
+    scale: &'t Lanes,
+    min: &'t Lanes,
+}
+
+impl Vectorized for Trial<'_, '_> {
+    type Output = (Lanes, (Lanes, Lanes));
+
+    #[inline(always)]
+    fn run(self) -> Self::Output {
+        let Self { tile, group, scale, min } = self;
+        let (top, centre, inverse) = (tile.top(), tile.centre(), inverses(scale));
+        let (mut error, mut n, mut c, mut cc, mut v, mut cv) = (ZERO, ZERO, ZERO, ZERO, ZERO, ZERO);
+        for &place in &tile.groups[group] {
+            let (w, kept, d) = (&tile.w[place as usize], tile.kept(place), tile.factor.weights[place as usize]);
             for l in 0..LANES {
-                let code = (codes[l] - centre) * kept[l];
-                cr[l] += code * r[l];
-                or[l] += kept[l] * r[l];
-                cc[l] += code * of_codes[l];
-                co[l] += code * of_ones[l];
-                oo[l] += kept[l] * of_ones[l];
+                let code = ((w[l] - min[l]) * inverse[l] + 0.5).floor().clamp(0.0, top);
+                let (e, weight) = (w[l] - (code * scale[l] + min[l]), d * kept[l]);
+                let code = code - centre;
+                error[l] += weight * e * e;
+                n[l] += weight;
+                c[l] += weight * code;
+                cc[l] += weight * code * code;
+                v[l] += weight * w[l];
+                cv[l] += weight * code * w[l];
             }
         }
+        let (mut new_scale, mut new_min) = (*scale, *min);
+        for l in 0..LANES {
+            if tile.format.symmetric {
+                if cc[l] > 0.0 {
+                    new_scale[l] = cv[l] / cc[l];
+                }
+            } else {
+                let det = n[l] * cc[l] - c[l] * c[l];
+                if det > 1e-6 * n[l] * cc[l] {
+                    new_scale[l] = (n[l] * cv[l] - c[l] * v[l]) / det;
+                    new_min[l] = (v[l] - new_scale[l] * c[l]) / n[l];
+                }
+            }
+        }
+        (error, (new_scale, new_min))
+    }
+}
+
+/// Rounds a column whose feedback is known.
+struct Column<'t> {
+    target: &'t Lanes,
+    w: &'t Lanes,
+    kept: &'t Lanes,
+    scale: &'t Lanes,
+    min: &'t Lanes,
+    inverse: &'t Lanes,
+    weight: f32,
+    top: f32,
+    code: &'t mut Lanes,
+    error: &'t mut Lanes,
+    loss: &'t mut Lanes,
+}
+
+impl Vectorized for Column<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { target, w, kept, scale, min, inverse, weight, top, code, error, loss } = self;
+        for l in 0..LANES {
+            let rounded = ((target[l] - min[l]) * inverse[l] + 0.5).floor().clamp(0.0, top);
+            let value = (rounded * scale[l] + min[l]) * kept[l];
+            code[l] = rounded;
+            error[l] = w[l] - value;
+            loss[l] += weight * (target[l] - value) * (target[l] - value);
+        }
+    }
+}
+
+/// A row of `H` applied to the codes of a group, and to ones.
+struct OfCodes<'t, 'a> {
+    tile: &'t Tile<'a>,
+    group: usize,
+    row: &'t [f32],
+    centre: f32,
+}
+
+impl Vectorized for OfCodes<'_, '_> {
+    type Output = (Lanes, Lanes);
+
+    #[inline(always)]
+    fn run(self) -> Self::Output {
+        let Self { tile, group, row, centre } = self;
+        let (mut of_codes, mut of_ones) = (ZERO, ZERO);
+        for &j in &tile.groups[group] {
+            let (h, codes, kept) = (row[j as usize], &tile.codes[j as usize], tile.kept(j));
+            for l in 0..LANES {
+                of_codes[l] += h * (codes[l] - centre) * kept[l];
+            }
+            for l in 0..LANES {
+                of_ones[l] += h * kept[l];
+            }
+        }
+        (of_codes, of_ones)
+    }
+}
+
+/// The normal equations for a group's scale and minimum, with `c` the codes, `o` ones and `r` the errors.
+#[derive(Default)]
+struct Normal {
+    cr: Lanes,
+    or: Lanes,
+    cc: Lanes,
+    co: Lanes,
+    oo: Lanes,
+}
+
+impl Normal {
+    /// What is added to the scale and to the minimum.
+    fn solve(&self, symmetric: bool) -> (Lanes, Lanes) {
+        let Self { cr, or, cc, co, oo } = self;
         let (mut ds, mut dm) = (ZERO, ZERO);
         for l in 0..LANES {
-            if self.format.symmetric {
+            if symmetric {
                 ds[l] = if cc[l] > 0.0 { cr[l] / cc[l] } else { 0.0 };
             } else {
                 let det = cc[l] * oo[l] - co[l] * co[l];
@@ -318,38 +412,90 @@ impl<'a> Tile<'a> {
                 }
             }
         }
-        for &i in &self.groups[group] {
-            let (kept, codes) = (self.kept(i), &self.codes[i as usize]);
-            for (l, error) in self.errors[i as usize].iter_mut().enumerate() {
-                *error -= ((codes[l] - centre) * ds[l] + dm[l]) * kept[l];
-            }
-        }
+        (ds, dm)
+    }
+}
+
+/// Adds one member's part to the normal equations.
+struct Sums<'t> {
+    sums: &'t mut Normal,
+    codes: &'t Lanes,
+    kept: &'t Lanes,
+    centre: f32,
+    of_errors: Lanes,
+    of_codes: Lanes,
+    of_ones: Lanes,
+}
+
+impl Vectorized for Sums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { sums, codes, kept, centre, of_errors, of_codes, of_ones } = self;
         for l in 0..LANES {
-            self.grids.scale[group][l] += ds[l];
-            self.grids.min[group][l] += if self.format.symmetric { -ds[l] * centre } else { dm[l] };
+            let code = (codes[l] - centre) * kept[l];
+            sums.cr[l] += code * of_errors[l];
+            sums.or[l] += kept[l] * of_errors[l];
+            sums.cc[l] += code * of_codes[l];
+            sums.co[l] += code * of_ones[l];
+            sums.oo[l] += kept[l] * of_ones[l];
+        }
+    }
+}
+
+/// The errors of a column after its group's grid moved.
+struct Moved<'t> {
+    codes: &'t Lanes,
+    kept: &'t Lanes,
+    centre: f32,
+    ds: &'t Lanes,
+    dm: &'t Lanes,
+    error: &'t mut Lanes,
+}
+
+impl Vectorized for Moved<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { codes, kept, centre, ds, dm, error } = self;
+        for l in 0..LANES {
+            error[l] -= ((codes[l] - centre) * ds[l] + dm[l]) * kept[l];
         }
     }
 }
 
 /// `start + sum_i factors[i] * errors[i]`.
-#[inline(always)]
-pub(super) fn feedback(factors: &[f32], errors: &[Lanes], start: Lanes) -> Lanes {
-    // Four sums, so that additions do not wait for each other.
-    let mut sums = [start, ZERO, ZERO, ZERO];
-    let (factors4, errors4) = (factors.chunks_exact(4), errors[..factors.len()].chunks_exact(4));
-    for (factor, error) in factors4.remainder().iter().zip(errors4.remainder()) {
-        for l in 0..LANES {
-            sums[0][l] += factor * error[l];
-        }
-    }
-    for (factors, errors) in factors4.zip(errors4) {
-        for (sum, (factor, error)) in sums.iter_mut().zip(factors.iter().zip(errors)) {
+pub(super) struct Feedback<'t> {
+    pub(super) factors: &'t [f32],
+    pub(super) errors: &'t [Lanes],
+    pub(super) start: &'t Lanes,
+}
+
+impl Vectorized for Feedback<'_> {
+    type Output = Lanes;
+
+    #[inline(always)]
+    fn run(self) -> Lanes {
+        let mut sums = ZERO;
+        let (factors4, factors) = self.factors.as_chunks::<4>();
+        let (errors4, errors) = self.errors.as_chunks::<4>();
+        for (f, e) in factors4.iter().zip(errors4) {
             for l in 0..LANES {
-                sum[l] += factor * error[l];
+                sums[l] += (f[0] * e[0][l] + f[1] * e[1][l]) + (f[2] * e[2][l] + f[3] * e[3][l]);
             }
         }
+        for (f, e) in factors.iter().zip(errors) {
+            for l in 0..LANES {
+                sums[l] += f * e[l];
+            }
+        }
+        for (sum, start) in sums.iter_mut().zip(self.start) {
+            *sum += start;
+        }
+        sums
     }
-    std::array::from_fn(|l| (sums[0][l] + sums[1][l]) + (sums[2][l] + sums[3][l]))
 }
 
 #[inline(always)]
