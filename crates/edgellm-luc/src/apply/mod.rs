@@ -35,6 +35,8 @@ pub fn uniform_policy(n_blocks: usize, format: LayerFormat) -> Result<Compressio
         granularity: Granularity::Block,
         seed: 0,
         measurement_digest: None,
+        model_digest: None,
+        compressor: None,
         budget: Budget::default(),
         units: units.map(|unit| UnitPolicy { unit, format }).collect(),
     })
