@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use edgellm_model::ModelError;
+use edgellm_model::files::ModelFiles;
 use edgellm_model::values::Measurement;
 use sha2::{Digest, Sha256};
 
@@ -15,6 +17,31 @@ pub fn calibration_digest(windows: &[Vec<u32>]) -> String {
         }
     }
     hex(&hash.finalize())
+}
+
+/// Digest of a model's weights: of every matrix its name, layout and packed bytes, of every vector its name and values, in
+/// the order of their names.
+///
+/// # Errors
+/// A tensor cannot be read.
+pub fn model_digest(files: &ModelFiles) -> Result<String, ModelError> {
+    let mut names: Vec<&str> = files.names().collect();
+    names.sort_unstable();
+    let mut hash = Sha256::new();
+    for name in names {
+        hash.update((name.len() as u64).to_le_bytes());
+        hash.update(name);
+        if files.shape(name)?.len() == 1 {
+            files.vector(name)?.iter().for_each(|v| hash.update(v.to_le_bytes()));
+        } else {
+            let matrix = files.matrix(name)?;
+            hash.update(matrix.layout.to_string());
+            hash.update(&matrix.words[..]);
+            hash.update(&matrix.scales[..]);
+            files.release(name);
+        }
+    }
+    Ok(hex(&hash.finalize()))
 }
 
 /// Digest of a measurement's compact JSON.

@@ -44,7 +44,7 @@ mod weights;
 
 pub use apply::{Applied, compress_decoder, compress_model, uniform_policy};
 pub use cost::{PolicyCost, bits_per_weight, matrices_bytes, policy_cost, total_weights};
-pub use digest::{calibration_digest, measurement_digest};
+pub use digest::{calibration_digest, measurement_digest, model_digest};
 pub use error::{LucError, Result};
 pub use measure::measure;
 pub use merge::{Aim, InputMoments, MergeOptions, Merged, MergedMatrix, merge_adapter};

@@ -63,16 +63,12 @@ fn the_sizes_of_real_models_are_solved() {
     // 31 blocks and 211 projections, 60 options each.
     for classes in [31, 211] {
         let one = model_like::<1>(classes, 60);
-        let t0 = std::time::Instant::now();
         let best = select(&one, budgets(&one, [0.3]), 1 << 14).unwrap();
-        eprintln!("one {classes} {:?} gap {} of {}", t0.elapsed(), best.gap, best.damage);
         assert_eq!(best.gap, 0.0, "{classes} classes");
         for shares in [[0.3, 0.3], [0.25, 0.35], [0.5, 0.3]] {
             let two = model_like::<2>(classes, 60);
             let limits = budgets(&two, shares);
-            let t0 = std::time::Instant::now();
-            let best = select(&two, limits, 1 << 14).unwrap();
-            eprintln!("two {classes} {shares:?} {:?} gap {} of {}", t0.elapsed(), best.gap, best.damage);
+            let best = select(&two, limits, 1 << 11).unwrap();
             assert!((0..2).all(|r| best.costs[r] <= limits[r]));
             assert!(best.gap <= 0.01 * best.damage, "{classes} classes: gap {} of {}", best.gap, best.damage);
         }

@@ -15,7 +15,8 @@ use super::{Sensitivity, check, no_budget, policy};
 /// do, it usually is, and [`Solution::gap`] says how far it may be from it.
 #[derive(Clone, Copy, Debug)]
 pub struct Solve<'a> {
-    /// The most states that are kept per unit. Only beyond it does the result stop being exact, and says so.
+    /// The most states that are kept per unit where one budget is given, and eight times as many as where several are.
+    /// Only beyond it does the result stop being exact, and says so.
     pub max_states: usize,
     /// What is minimised.
     pub sensitivity: Sensitivity,
@@ -109,7 +110,9 @@ impl Solve<'_> {
                 items.map(|(cost, &damage)| Item { costs: resources.map(|r| cost[r]), damage }).collect()
             })
             .collect();
-        let found = select(&classes, budgets, self.max_states).map_err(|least| costs.infeasible(with_fixed(least)))?;
+        // Several resources leave more states that do not beat each other.
+        let max_states = if N == 1 { self.max_states } else { self.max_states.div_ceil(8) };
+        let found = select(&classes, budgets, max_states).map_err(|least| costs.infeasible(with_fixed(least)))?;
         let mut spread = Selection {
             items: found.items,
             costs: with_fixed(found.costs),

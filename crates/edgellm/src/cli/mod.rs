@@ -2,6 +2,7 @@
 
 mod adapt;
 mod bench;
+mod chart;
 mod compress;
 mod data;
 mod devices;
