@@ -65,7 +65,8 @@ impl CheckLatency {
         let mut worst = 0f64;
         for threads in &self.threads {
             let check = Check { edgellm: &edgellm, model: &self.model, measurement: &measurement, profile: &profile };
-            let targets = if self.targets.is_empty() { check.targets(*threads, &folder)? } else { self.targets.clone() };
+            let targets =
+                if self.targets.is_empty() { check.targets(*threads, &folder)? } else { self.targets.clone() };
             for target in targets {
                 let (predicted, measured) = check.measure(*threads, target, &folder)?;
                 let ratio = measured / target;

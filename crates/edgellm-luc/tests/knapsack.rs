@@ -27,7 +27,6 @@ fn a_model_of_seven_billion_weights_is_solved() {
     assert!(coarse.damage >= best.damage && coarse.damage - coarse.gap <= best.damage);
 }
 
-
 /// Items of `classes` classes whose damage falls, roughly, as their costs grow; costs of different kinds differ in how.
 fn model_like<const N: usize>(classes: usize, options: u64) -> Vec<Vec<Item<N>>> {
     let mut state = 12345u64;
@@ -87,7 +86,11 @@ fn brute_force<const N: usize>(classes: &[Vec<Item<N>>], budgets: [u64; N]) -> O
     class.iter().filter_map(damage).min_by(f64::total_cmp)
 }
 
-fn check<const N: usize>(raw: &[Vec<([u64; 3], u32)>], limits: [u64; 3], max_states: usize) -> Result<(), TestCaseError> {
+fn check<const N: usize>(
+    raw: &[Vec<([u64; 3], u32)>],
+    limits: [u64; 3],
+    max_states: usize,
+) -> Result<(), TestCaseError> {
     let cut = |costs: &[u64; 3]| std::array::from_fn::<u64, N, _>(|r| costs[r]);
     let item = |(costs, damage): &([u64; 3], u32)| Item { costs: cut(costs), damage: f64::from(*damage) / 7.0 };
     let classes: Vec<Vec<Item<N>>> = raw.iter().map(|class| class.iter().map(item).collect()).collect();
@@ -109,7 +112,8 @@ fn check<const N: usize>(raw: &[Vec<([u64; 3], u32)>], limits: [u64; 3], max_sta
         (Err(least), None) => {
             prop_assert!((0..N).any(|r| least[r] > limits[r]), "{:?} within {:?}", least, limits);
             // Each resource's least alone; where all are within the limits, with those before it kept.
-            let smallest = |r: usize| -> u64 { classes.iter().map(|c| c.iter().map(|i| i.costs[r]).min().unwrap()).sum() };
+            let smallest =
+                |r: usize| -> u64 { classes.iter().map(|c| c.iter().map(|i| i.costs[r]).min().unwrap()).sum() };
             let alone: Vec<u64> = (0..N).map(smallest).collect();
             if (0..N).any(|r| alone[r] > limits[r]) {
                 prop_assert_eq!(&least[..], &alone[..]);

@@ -27,6 +27,9 @@ const ROWS: usize = 2048;
 const COLS: usize = 1024;
 /// Sweeps over all copies, of which the median counts.
 const SWEEPS: usize = 5;
+/// How often everything is measured, some seconds apart; the shortest time counts, so that other work that comes and goes
+/// does not.
+const ROUNDS: usize = 3;
 /// Calls with a small matrix.
 const SMALL_CALLS: usize = 400;
 /// The format of the decoders.
@@ -64,41 +67,44 @@ impl Drop for Threads {
 }
 
 /// The rates of 1, 2, 4, ... and `threads` threads, with at most `memory` bytes of matrices.
-pub(crate) fn measure(
-    threads: usize,
-    memory: u64,
-    on_step: &mut dyn FnMut(usize, usize),
-) -> Result<Vec<DecodeRates>> {
+pub(crate) fn measure(threads: usize, memory: u64, on_step: &mut dyn FnMut(usize, usize)) -> Result<Vec<DecodeRates>> {
     let mut counts: Vec<usize> = (0..).map(|k| 1 << k).take_while(|&n| n < threads).collect();
     counts.push(threads);
     let formats = formats();
-    let steps = formats.len() + counts.len();
-    let mut rates: Vec<DecodeRates> = counts
-        .iter()
-        .map(|&threads| DecodeRates {
-            threads,
-            block_us: 0.0,
-            block_value_ns: 0.0,
-            attention_ns: 0.0,
-            token_us: 0.0,
-            logit_ns: 0.0,
-            formats: Vec::new(),
-        })
-        .collect();
+    let steps = ROUNDS * (formats.len() + counts.len());
     let values = values(ROWS * COLS);
-    for (done, format) in formats.iter().enumerate() {
-        let product = Products::new(*format, &values, memory.min(WORKING_SET))?;
-        for rates in &mut rates {
-            let _threads = Threads::set(rates.threads);
-            rates.formats.push(FormatRate { format: format.name(), ns_per_weight: product.ns_per_weight()? });
+    let mut done = 0;
+    let mut step = || {
+        done += 1;
+        on_step(done, steps);
+    };
+    let mut products = vec![vec![f64::INFINITY; formats.len()]; counts.len()];
+    let mut times = vec![None::<probe::Times>; counts.len()];
+    for _ in 0..ROUNDS {
+        for (index, format) in formats.iter().enumerate() {
+            let product = Products::new(*format, &values, memory.min(WORKING_SET))?;
+            for (best, &threads) in products.iter_mut().zip(&counts) {
+                let _threads = Threads::set(threads);
+                best[index] = best[index].min(product.ns_per_weight()?);
+            }
+            step();
         }
-        on_step(done + 1, steps);
+        for (best, &threads) in times.iter_mut().zip(&counts) {
+            let _threads = Threads::set(threads);
+            let now = probe::times()?;
+            *best = Some(best.map_or(now, |best| best.least(now)));
+            step();
+        }
     }
-    for (done, rates) in rates.iter_mut().enumerate() {
-        let _threads = Threads::set(rates.threads);
-        let product = rate_of(rates, Format::parse(PROBE_FORMAT).map_err(ModelError::from)?)?;
-        probe::measure(product, rates)?;
-        on_step(formats.len() + done + 1, steps);
+    let mut rates = Vec::with_capacity(counts.len());
+    for ((threads, products), times) in counts.into_iter().zip(products).zip(times) {
+        let rate = |(format, ns_per_weight): (&Format, f64)| FormatRate { format: format.name(), ns_per_weight };
+        let formats: Vec<FormatRate> = formats.iter().zip(products).map(rate).collect();
+        let probe = formats.iter().find(|f| f.format == PROBE_FORMAT).map(|f| f.ns_per_weight);
+        let (Some(probe), Some(times)) = (probe, times) else {
+            return Err(SchedError::Unknown { what: "how fast the probe's format is" });
+        };
+        rates.push(times.rates(threads, probe, formats)?);
     }
     Ok(rates)
 }
@@ -106,19 +112,21 @@ pub(crate) fn measure(
 /// All formats that the suites know, and more sparsities.
 fn formats() -> Vec<Format> {
     let mut formats = Format::all();
-    let sparse = |bit_width, percent| {
-        let dense = QuantFormat { bit_width, group_size: 32, symmetric: true, ..quantized(PROBE_FORMAT)? };
-        dense.with_pattern(SparsePattern::Bitmask { percent }).ok().map(Format::Quantized)
+    let sparse = |bit_width, symmetric, pattern| {
+        let dense = QuantFormat { bit_width, group_size: 32, symmetric, ..quantized(PROBE_FORMAT)? };
+        dense.with_pattern(pattern).ok().map(Format::Quantized)
     };
+    let n_of_m = [SparsePattern::NofM { n: 2, m: 4 }, SparsePattern::NofM { n: 4, m: 8 }];
+    let masks = [15, 50, 85].map(|percent| SparsePattern::Bitmask { percent });
+    let patterns = || n_of_m.into_iter().chain(masks);
     for bit_width in [2, 3, 4, 5, 6, 8] {
-        formats.extend([30, 50, 70].into_iter().filter_map(|percent| sparse(bit_width, percent)));
+        formats.extend(patterns().filter_map(|pattern| sparse(bit_width, true, pattern)));
     }
-    let mut seen = std::collections::BTreeSet::new();
     // Asymmetric codes of sparse matrices have no integer kernel; one width stands for all of them.
-    formats.retain(|format| {
-        let slow = format.quantized().is_some_and(|q| q.is_sparse() && !q.symmetric && q.bit_width != 4);
-        !slow && *format != Format::BF16 && seen.insert(format.name())
-    });
+    formats.retain(|format| format.quantized().is_none_or(|q| !slow(&q)));
+    formats.extend(patterns().filter_map(|pattern| sparse(4, false, pattern)));
+    let mut seen = std::collections::BTreeSet::new();
+    formats.retain(|format| *format != Format::BF16 && seen.insert(format.name()));
     formats
 }
 
@@ -159,8 +167,7 @@ impl Products {
         };
         let host = pack(ROWS)?;
         let copies = (memory / host.bytes().max(1)).max(1) as usize;
-        let matrices =
-            (0..copies).map(|_| Ok(copy(&host)?.to_device(&device))).collect::<Result<Vec<_>>>()?;
+        let matrices = (0..copies).map(|_| Ok(copy(&host)?.to_device(&device))).collect::<Result<Vec<_>>>()?;
         let x = Tensor::from_data(TensorData::new(values[..COLS].to_vec(), [1, COLS]), &device);
         Ok(Self { matrices, small: pack(16)?.to_device(&device), x })
     }

@@ -15,7 +15,7 @@ use edgellm_model::decoder::{Block, Decoder, Linear, ResidentStore, Weight};
 use edgellm_model::generate::to_vec;
 use edgellm_model::sample::log_softmax;
 use edgellm_model::traits::DecoderShape;
-use edgellm_model::values::{DecodeRates, Projection};
+use edgellm_model::values::{DecodeRates, FormatRate, Projection};
 use serde_json::json;
 
 use crate::decode::{PROBE_FORMAT, block_values, copy, median, values};
@@ -60,29 +60,67 @@ impl Size {
     }
 }
 
-/// Fills in all but the formats of `rates`; `ns_per_weight` is that of [`PROBE_FORMAT`].
-pub(crate) fn measure(ns_per_weight: f64, rates: &mut DecodeRates) -> Result<()> {
-    let small = Probe::new(SMALL)?.times(false)?;
-    let probe = Probe::new(LARGE)?;
-    let large = probe.times(true)?;
-    let rest = |size: Size, times: &Times| {
-        let weights = size.block_weights(&probe_config(size)?);
-        Ok::<f64, SchedError>((times.blocks_ns / size.blocks as f64 - weights * ns_per_weight).max(0.0))
-    };
-    let (a, b) = (rest(SMALL, &small)?, rest(LARGE, &large)?);
-    let (x, y) = (block_values(&SMALL.shape()), block_values(&LARGE.shape()));
-    let (constant, slope) = line((x, a), (y, b));
-    (rates.block_us, rates.block_value_ns) = (round(constant * 1e-3), round(slope));
-    let per_position = (large.long_ns - large.blocks_ns) / LARGE.blocks as f64;
-    let positions = (LONG - TOKENS / 2) as f64;
-    rates.attention_ns = round((per_position / positions / LARGE.shape().query_size as f64).max(0.0));
-    let head = |size: Size, times: &Times| {
-        (times.token_ns - (size.vocab * size.shape().hidden_size) as f64 * ns_per_weight).max(0.0)
-    };
-    let (constant, slope) =
-        line((SMALL.vocab as f64, head(SMALL, &small)), (LARGE.vocab as f64, head(LARGE, &large)));
-    (rates.token_us, rates.logit_ns) = (round(constant * 1e-3), round(slope));
-    Ok(())
+/// What the probes took, with one number of threads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Times {
+    small: Token,
+    large: Token,
+}
+
+/// The times of one token, in nanoseconds.
+#[derive(Clone, Copy, Debug)]
+struct Token {
+    /// All blocks, with a short cache.
+    blocks: f64,
+    /// All blocks, with [`LONG`] tokens in the cache; as with a short one where that was not asked for.
+    long: f64,
+    /// Embedding, norm, scores and their logarithms.
+    outside: f64,
+}
+
+impl Token {
+    fn least(self, other: Self) -> Self {
+        let (blocks, long) = (self.blocks.min(other.blocks), self.long.min(other.long));
+        Self { blocks, long, outside: self.outside.min(other.outside) }
+    }
+}
+
+/// Runs both probes.
+pub(crate) fn times() -> Result<Times> {
+    Ok(Times { small: Probe::new(SMALL)?.token(false)?, large: Probe::new(LARGE)?.token(true)? })
+}
+
+impl Times {
+    /// The shorter of both, part by part.
+    pub(crate) fn least(self, other: Self) -> Self {
+        Self { small: self.small.least(other.small), large: self.large.least(other.large) }
+    }
+
+    /// Rates of `threads` threads; `ns_per_weight` is that of [`PROBE_FORMAT`].
+    pub(crate) fn rates(&self, threads: usize, ns_per_weight: f64, formats: Vec<FormatRate>) -> Result<DecodeRates> {
+        let rest = |size: Size, token: &Token| {
+            let weights = size.block_weights(&probe_config(size)?);
+            Ok::<f64, SchedError>((token.blocks / size.blocks as f64 - weights * ns_per_weight).max(0.0))
+        };
+        let (a, b) = (rest(SMALL, &self.small)?, rest(LARGE, &self.large)?);
+        let (x, y) = (block_values(&SMALL.shape()), block_values(&LARGE.shape()));
+        let (block, value) = line((x, a), (y, b));
+        let per_position = (self.large.long - self.large.blocks) / LARGE.blocks as f64 / (LONG - TOKENS / 2) as f64;
+        let outside = |size: Size, token: &Token| {
+            (token.outside - (size.vocab * size.shape().hidden_size) as f64 * ns_per_weight).max(0.0)
+        };
+        let small = (SMALL.vocab as f64, outside(SMALL, &self.small));
+        let (token, logit) = line(small, (LARGE.vocab as f64, outside(LARGE, &self.large)));
+        Ok(DecodeRates {
+            threads,
+            block_us: round(block * 1e-3),
+            block_value_ns: round(value),
+            attention_ns: round((per_position / LARGE.shape().query_size as f64).max(0.0)),
+            token_us: round(token * 1e-3),
+            logit_ns: round(logit),
+            formats,
+        })
+    }
 }
 
 /// Constant and slope, neither below 0, of the line through two points; where one would be, of the line that leaves it
@@ -100,15 +138,6 @@ fn line((x, a): (f64, f64), (y, b): (f64, f64)) -> (f64, f64) {
 /// To six decimals.
 fn round(value: f64) -> f64 {
     (value * 1e6).round() / 1e6
-}
-
-struct Times {
-    /// All blocks, with a short cache.
-    blocks_ns: f64,
-    /// All blocks, with [`LONG`] tokens in the cache; that of a short one where it was not asked for.
-    long_ns: f64,
-    /// Embedding, norm, scores and their logarithms.
-    token_ns: f64,
 }
 
 struct Probe {
@@ -167,7 +196,7 @@ impl Probe {
     }
 
     /// Medians over some tokens.
-    fn times(&self, long: bool) -> Result<Times> {
+    fn token(&self, long: bool) -> Result<Token> {
         let mut cache = self.decoder.new_cache();
         let end = self.decoder.n_blocks();
         let mut run = |ids: &[u32]| -> Result<[f64; 2]> {
@@ -194,22 +223,22 @@ impl Probe {
             }
             Ok([median(&mut blocks) * 1e9, median(&mut tokens) * 1e9])
         };
-        let [blocks_ns, token_ns] = some(1)?;
-        let mut long_ns = blocks_ns;
+        let [blocks, outside] = some(1)?;
+        let mut at_length = blocks;
         if long {
             // Up to half of the tokens that are timed before `LONG`.
             let ids: Vec<u32> = (0..(LONG - TOKENS - TOKENS / 2) as u32).collect();
             self.decoder.run_blocks(self.decoder.embed(&[&ids])?, 0..end, None, Some(&mut cache))?;
-            let mut blocks = Vec::new();
+            let mut times = Vec::new();
             for id in 0..TOKENS as u32 {
                 let x = self.decoder.embed(&[&[id]])?;
                 let start = Instant::now();
                 self.decoder.run_blocks(x, 0..end, None, Some(&mut cache))?;
-                blocks.push(start.elapsed().as_secs_f64());
+                times.push(start.elapsed().as_secs_f64());
             }
-            long_ns = median(&mut blocks) * 1e9;
+            at_length = median(&mut times) * 1e9;
         }
-        Ok(Times { blocks_ns, long_ns, token_ns })
+        Ok(Token { blocks, long: at_length, outside })
     }
 }
 

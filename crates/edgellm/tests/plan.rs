@@ -46,9 +46,7 @@ fn measurement(b: &Bench, name: &str, change: impl FnOnce(&mut Value)) {
 /// A device on which wider codes take longer, in nanoseconds for a weight.
 fn profile(b: &Bench, name: &str, change: impl FnOnce(&mut Value)) {
     let rates = |threads: usize| {
-        let rate = |(bits, _): (u8, f64)| {
-            json!({"format": format!("q{bits}g32a"), "ns_per_weight": f64::from(bits) / threads as f64})
-        };
+        let rate = |(bits, _): (u8, f64)| json!({"format": format!("q{bits}g32a"), "ns_per_weight": f64::from(bits) / threads as f64});
         json!({
             "threads": threads, "block_us": 10.0, "block_value_ns": 0.0, "attention_ns": 0.0, "token_us": 5.0,
             "logit_ns": 0.0, "formats": OPTIONS.map(rate),

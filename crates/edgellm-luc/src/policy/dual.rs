@@ -148,11 +148,7 @@ impl<const N: usize> Ascent<'_, N> {
 }
 
 /// Exchanges single items for the better as long as the budgets allow: a good upper bound.
-pub(super) fn improve<const N: usize>(
-    fronts: &[Front<N>],
-    mut picks: Vec<usize>,
-    budgets: [u64; N],
-) -> Selection<N> {
+pub(super) fn improve<const N: usize>(fronts: &[Front<N>], mut picks: Vec<usize>, budgets: [u64; N]) -> Selection<N> {
     loop {
         let costs = selection(fronts, &picks).costs;
         let mut best: Option<(f64, usize, usize)> = None;

@@ -271,11 +271,13 @@ fn keep_undominated<const N: usize>(states: &mut Vec<State<N>>) {
         order.then(a.parent.cmp(&b.parent)).then(a.item.cmp(&b.item))
     });
     let cost = |state: &State<N>, r: usize| state.costs.get(r).copied().unwrap_or(0);
-    let others = |state: &State<N>| state.costs.get(2..).map_or([0; N], |rest| {
-        let mut costs = [0; N];
-        costs[..rest.len()].copy_from_slice(rest);
-        costs
-    });
+    let others = |state: &State<N>| {
+        state.costs.get(2..).map_or([0; N], |rest| {
+            let mut costs = [0; N];
+            costs[..rest.len()].copy_from_slice(rest);
+            costs
+        })
+    };
     let mut stairs: BTreeMap<u64, (f64, [u64; N])> = BTreeMap::new();
     states.retain(|state| {
         let key = cost(state, 1);

@@ -19,9 +19,7 @@ pub use solve::{Solution, Solve};
 pub use uniform::Uniform;
 
 use edgellm_model::ModelError;
-use edgellm_model::values::{
-    Budget, CompressionPolicy, LayerFormat, Measurement, UnitMeasurement, UnitPolicy, Value,
-};
+use edgellm_model::values::{Budget, CompressionPolicy, LayerFormat, Measurement, UnitMeasurement, UnitPolicy, Value};
 
 use crate::cost::total_weights;
 use crate::digest::measurement_digest;

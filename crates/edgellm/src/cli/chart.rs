@@ -205,7 +205,8 @@ pub(crate) fn bars(title: &str, bars: &[Bar]) -> anyhow::Result<String> {
         let say = |words: String, at: (i32, i32)| area.draw(&Text::new(words, at, text.clone())).map_err(failed);
         let heading = ("sans-serif", 20).into_font().color(&INK);
         area.draw(&Text::new(title.to_string(), (16, 14), heading)).map_err(failed)?;
-        let note = if pruned { "bits per weight as stored; the pale part is pruned" } else { "bits per weight as stored" };
+        let note =
+            if pruned { "bits per weight as stored; the pale part is pruned" } else { "bits per weight as stored" };
         say(note.into(), (left, 40))?;
         for (index, bar) in bars.iter().enumerate() {
             let y = top + row * index as i32;

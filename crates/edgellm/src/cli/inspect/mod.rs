@@ -224,13 +224,7 @@ fn container(files: &ModelFiles) -> &'static str {
     }
 }
 
-fn model_text(
-    files: &ModelFiles,
-    whole: &Part,
-    parts: &Parts,
-    template: bool,
-    tensors: Option<&Vec<Value>>,
-) -> String {
+fn model_text(files: &ModelFiles, whole: &Part, parts: &Parts, template: bool, tensors: Option<&Vec<Value>>) -> String {
     let config = files.config();
     let yes = |b: bool| if b { "yes" } else { "no" };
     let mut text = format!(

@@ -292,9 +292,11 @@ struct Report<'a> {
     gap: Option<f64>,
 }
 
+/// A unit's index, format, bytes and sensitivity.
+type UnitRow = (usize, LayerFormat, u64, Option<f64>);
+
 impl Report<'_> {
-    /// The unit's format, bytes and sensitivity.
-    fn units(&self) -> anyhow::Result<Vec<(usize, LayerFormat, u64, Option<f64>)>> {
+    fn units(&self) -> anyhow::Result<Vec<UnitRow>> {
         let mut units = Vec::new();
         for (index, unit) in self.measurement.units.iter().enumerate() {
             let Some(format) = self.policy.format_of(unit.unit) else { continue };

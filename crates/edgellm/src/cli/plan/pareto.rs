@@ -97,7 +97,10 @@ impl CurveArgs {
     ) -> anyhow::Result<()> {
         let Some(Budgets(budgets)) = &self.pareto else { return Ok(()) };
         if plan.output.is_some() {
-            return Err(Usage("--pareto writes no policy; expected --chart FILE.svg or no file instead of --output".into()).into());
+            return Err(Usage(
+                "--pareto writes no policy; expected --chart FILE.svg or no file instead of --output".into(),
+            )
+            .into());
         }
         if plan.bits.is_some() || plan.target_bpw.is_some() || plan.target_size.is_some() {
             return Err(Usage("--pareto: expected no --bits, --target-bpw or --target-size beside it".into()).into());
