@@ -13,6 +13,7 @@ mod demo;
 mod edgellm;
 mod fixture;
 mod golden;
+mod latency;
 mod python;
 mod repo;
 mod suite;
@@ -45,6 +46,7 @@ enum Task {
     CheckAdapter(checks::CheckAdapter),
     CheckPeft(checks::CheckPeft),
     CheckLoraGguf(checks::CheckLoraGguf),
+    CheckLatency(latency::CheckLatency),
     ArchCheck(architecture::ArchCheck),
 }
 
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         Task::CheckAdapter(task) => task.run(),
         Task::CheckPeft(task) => task.run(),
         Task::CheckLoraGguf(task) => task.run(),
+        Task::CheckLatency(task) => task.run(),
         Task::ArchCheck(task) => task.run(),
     };
     match result {

@@ -20,7 +20,7 @@
 //! let options = option_grid(&[2, 4, 8], &[32], &[])?;
 //! let measurement = measure(&decoder, &options, Granularity::Block, &calibration, &Rtn, &mut |_| {})?;
 //!
-//! let budget = Budget { bits_per_weight: Some(5.0), bytes: None };
+//! let budget = Budget { bits_per_weight: Some(5.0), ..Budget::default() };
 //! let policy = Solve::default().solve(&measurement, &budget)?;
 //! assert!(policy_cost(&measurement, &policy)?.bits_per_weight <= 5.0);
 //!
@@ -51,9 +51,12 @@ pub use compressors::{Gptq, ScaleSearch, Wanda};
 pub use cost::{PolicyCost, bits_per_weight, matrices_bytes, policy_cost, total_weights};
 pub use digest::{calibration_digest, measurement_digest, model_digest};
 pub use error::{LucError, Result};
-pub use measure::{Trials, measure};
+pub use measure::{Trials, beginnings, measure};
 pub use merge::{Aim, InputMoments, MergeOptions, Merged, MergedMatrix, merge_adapter};
-pub use policy::{Item, Paper, Selection, Solution, Solve, Uniform, allocate_sparsity, option_grid, select};
+pub use policy::{
+    Choice, Costs, DecodeDevice, Explained, Item, Neighbour, Paper, Resource, Selection, Sensitivity, Solution, Solve,
+    Uniform, allocate_sparsity, explain, option_grid, select,
+};
 pub use progress::Progress;
 pub use rtn::{Rtn, pruned_per_row};
 pub use search::{Search, Searched};

@@ -70,14 +70,11 @@ pub struct Trials<'a> {
     pub compared_length: usize,
 }
 
-impl Trials<'_> {
-    /// The windows that outputs are compared on.
-    fn compared(&self) -> Vec<Vec<u32>> {
-        let windows: Vec<&Vec<u32>> = self.calibration.iter().filter(|w| !w.is_empty()).collect();
-        let n = self.compared_windows.clamp(1, windows.len().max(1));
-        let pick = |i: usize| &windows[i * windows.len() / n];
-        (0..n).map(|i| pick(i).iter().copied().take(self.compared_length.max(2)).collect()).collect()
-    }
+/// The beginnings of `n` windows, evenly spaced among those that are not empty: what models are compared on.
+pub fn beginnings(windows: &[Vec<u32>], n: usize, length: usize) -> Vec<Vec<u32>> {
+    let windows: Vec<&Vec<u32>> = windows.iter().filter(|w| !w.is_empty()).collect();
+    let n = n.min(windows.len());
+    (0..n).map(|i| windows[i * windows.len() / n].iter().copied().take(length.max(2)).collect()).collect()
 }
 
 /// Measures the sensitivity of every unit for every option.
@@ -106,7 +103,7 @@ pub fn measure(
     }
     let config = decoder.config();
     let all = States::embed(decoder, trials.calibration)?;
-    let compared = trials.compared();
+    let compared = beginnings(trials.calibration, trials.compared_windows.max(1), trials.compared_length);
     let states = States::embed(decoder, &compared)?;
     let per_block = if trials.granularity == Granularity::Linear { Projection::ALL.len() } else { 1 };
     let matrices = if decoder.is_head_tied() { 1 } else { 2 };

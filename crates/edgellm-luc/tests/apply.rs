@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use edgellm_kernels::Arrangement;
-use edgellm_luc::{Rtn, compress_decoder, compress_model, uniform_policy};
+use edgellm_luc::{Applied, Compression, LucError, Rtn, compress_decoder, compress_model, uniform_policy};
 use edgellm_model::config::ModelConfig;
 use edgellm_model::decoder::{Activations, Decoder, LoadOptions};
 use edgellm_model::files::{ModelFiles, packed_names};
@@ -21,14 +21,28 @@ fn logits(decoder: &Decoder) -> Vec<f32> {
     to_vec(decoder.forward(&[5, 200, 17, 99, 257, 0, 42], None, None).unwrap()).unwrap()
 }
 
+fn how(policy: &CompressionPolicy, arrangement: Arrangement, force: bool) -> Compression<'_> {
+    Compression { policy, compressor: &Rtn, calibration: &[], arrangement, force }
+}
+
+fn rtn(
+    files: &ModelFiles,
+    policy: &CompressionPolicy,
+    arrangement: Arrangement,
+    out: &Path,
+    force: bool,
+) -> Result<Applied, LucError> {
+    compress_model(files, &how(policy, arrangement, force), out, &mut |_| {})
+}
+
 /// Compresses the model of `config` both ways and compares; returns bits per weight.
 fn check(config: &ModelConfig, policy: &CompressionPolicy) -> f64 {
     let folder = tempfile::tempdir().unwrap();
     let (source, target) = (folder.path().join("source"), folder.path().join("target"));
     write_model_dir(&source, config, 7).unwrap();
     let files = ModelFiles::open(&source).unwrap();
-    let in_memory = compress_decoder(&load(&files), policy, &Rtn).unwrap();
-    let applied = compress_model(&files, policy, &Rtn, Arrangement::Rows, &target, false, &mut |_| {}).unwrap();
+    let in_memory = compress_decoder(&load(&files), policy, &Rtn, &[]).unwrap();
+    let applied = rtn(&files, policy, Arrangement::Rows, &target, false).unwrap();
     let reopened = ModelFiles::open(&target).unwrap();
     let reloaded = load(&reopened);
     let (a, b) = (logits(&in_memory), logits(&reloaded));
@@ -93,7 +107,7 @@ fn sparse_tensors_are_named_and_checked() {
     policy.units[1].format = format.with_sparsity(0.6);
     policy.units[2].format = format.with_sparsity(0.1);
     let files = ModelFiles::open(&source).unwrap();
-    compress_model(&files, &policy, &Rtn, Arrangement::Rows, &target, false, &mut |_| {}).unwrap();
+    rtn(&files, &policy, Arrangement::Rows, &target, false).unwrap();
     let reopened = ModelFiles::open(&target).unwrap();
     let name = |block| Projection::Q.weight_name(block);
     let stored = |block| reopened.layout(&name(block)).unwrap().format.name();
@@ -124,7 +138,7 @@ fn f32_changes_nothing() {
     let config = tiny_config(json!({}));
     let decoder = decoder_of(&config, 7, &Device::flex());
     let policy = uniform_policy(config.n_layers, LayerFormat::float(32)).unwrap();
-    assert_eq!(logits(&decoder), logits(&compress_decoder(&decoder, &policy, &Rtn).unwrap()));
+    assert_eq!(logits(&decoder), logits(&compress_decoder(&decoder, &policy, &Rtn, &[]).unwrap()));
 }
 
 #[test]
@@ -169,16 +183,16 @@ fn a_compressed_model_can_be_compressed_again() {
     tiny_model_dir(&source, 1).unwrap();
     let policy = |bits| uniform_policy(4, LayerFormat::quantized(bits, 32, false)).unwrap();
     let files = ModelFiles::open(&source).unwrap();
-    compress_model(&files, &policy(8), &Rtn, Arrangement::Rows, &eight, false, &mut |_| {}).unwrap();
+    rtn(&files, &policy(8), Arrangement::Rows, &eight, false).unwrap();
     let files = ModelFiles::open(&eight).unwrap();
-    compress_model(&files, &policy(4), &Rtn, Arrangement::Rows, &four, false, &mut |_| {}).unwrap();
-    let expected = compress_decoder(&load(&files), &policy(4), &Rtn).unwrap();
+    rtn(&files, &policy(4), Arrangement::Rows, &four, false).unwrap();
+    let expected = compress_decoder(&load(&files), &policy(4), &Rtn, &[]).unwrap();
     assert_eq!(logits(&expected), logits(&load(&ModelFiles::open(&four).unwrap())));
 }
 
 fn refused(policy: &CompressionPolicy, source: &Path, target: &Path, force: bool) -> String {
     let files = ModelFiles::open(source).unwrap();
-    compress_model(&files, policy, &Rtn, Arrangement::Rows, target, force, &mut |_| {}).unwrap_err().to_string()
+    rtn(&files, policy, Arrangement::Rows, target, force).unwrap_err().to_string()
 }
 
 #[test]
@@ -199,7 +213,7 @@ fn what_is_there_stays_unless_it_is_a_compressed_model_and_forced() {
     std::fs::remove_file(target.join("thesis.txt")).unwrap();
     for bits in [4, 2] {
         let policy = uniform_policy(4, LayerFormat::quantized(bits, 32, false)).unwrap();
-        compress_model(&files, &policy, &Rtn, Arrangement::Rows, &target, true, &mut |_| {}).unwrap();
+        rtn(&files, &policy, Arrangement::Rows, &target, true).unwrap();
         assert_eq!(ModelFiles::open(&target).unwrap().quantization().unwrap().policy.as_ref(), Some(&policy));
     }
     let mut names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -224,8 +238,8 @@ fn policies_that_do_not_fit_are_refused_and_nothing_is_written() {
     overflowing.units[2].format = LayerFormat { bit_width: 9, ..format };
     assert!(refused(&overflowing, &source, &target, false).contains('9'));
     let decoder = load(&ModelFiles::open(&source).unwrap());
-    assert!(compress_decoder(&decoder, &small, &Rtn).is_err());
-    assert!(compress_decoder(&decoder, &large, &Rtn).is_err());
+    assert!(compress_decoder(&decoder, &small, &Rtn, &[]).is_err());
+    assert!(compress_decoder(&decoder, &large, &Rtn, &[]).is_err());
     assert!(!target.exists());
 }
 
@@ -237,10 +251,8 @@ fn progress_reaches_the_end() {
     let policy = uniform_policy(4, LayerFormat::quantized(4, 32, false)).unwrap();
     let mut seen = Vec::new();
     let files = ModelFiles::open(&source).unwrap();
-    compress_model(&files, &policy, &Rtn, Arrangement::Rows, &folder.path().join("t"), false, &mut |p| {
-        seen.push((p.done, p.total))
-    })
-    .unwrap();
+    let how = how(&policy, Arrangement::Rows, false);
+    compress_model(&files, &how, &folder.path().join("t"), &mut |p| seen.push((p.done, p.total))).unwrap();
     assert_eq!(seen.first().unwrap().0, 0);
     assert!(seen.windows(2).all(|pair| pair[0].0 < pair[1].0));
     assert_eq!(seen.last().unwrap().0, seen.last().unwrap().1);
@@ -256,7 +268,7 @@ fn a_prepared_directory_is_the_same_model() {
         let policy = uniform_policy(files.config().n_layers, format).unwrap();
         let open = |name: &str, arrangement| {
             let target = folder.path().join(format!("{name}{}", format.bit_width));
-            compress_model(&files, &policy, &Rtn, arrangement, &target, false, &mut |_| {}).unwrap();
+            rtn(&files, &policy, arrangement, &target, false).unwrap();
             ModelFiles::open(&target).unwrap()
         };
         let (rows, panels) = (open("rows", Arrangement::Rows), open("panels", Arrangement::Panels));

@@ -1,7 +1,7 @@
 //! Sensitivities on the tiny model: against direct computation, and their properties.
 
 use burn::tensor::Device;
-use edgellm_luc::{LucError, Rtn, compress_decoder, measure, option_grid, uniform_policy};
+use edgellm_luc::{LucError, Rtn, Trials, compress_decoder, measure, option_grid, uniform_policy};
 use edgellm_model::decoder::Decoder;
 use edgellm_model::generate::to_vec;
 use edgellm_model::testing::{decoder_of, tiny_config, tiny_decoder};
@@ -12,8 +12,16 @@ fn windows() -> Vec<Vec<u32>> {
     (0..3).map(|w| (0..20 + w).map(|i| (i * 53 + w * 11) % 288).collect()).collect()
 }
 
+fn trials<'a>(options: &'a [LayerFormat], granularity: Granularity, calibration: &'a [Vec<u32>]) -> Trials<'a> {
+    Trials { options, granularity, compressor: &Rtn, calibration, compared_windows: 9, compared_length: 99 }
+}
+
+fn run_trials(decoder: &Decoder, trials: &Trials<'_>) -> Result<Measurement, LucError> {
+    measure(decoder, trials, &[], &mut |_| Ok(()), &mut |_| {})
+}
+
 fn run(decoder: &Decoder, options: &[LayerFormat], granularity: Granularity) -> Measurement {
-    measure(decoder, options, granularity, &windows(), &Rtn, &mut |_| {}).unwrap()
+    run_trials(decoder, &trials(options, granularity, &windows())).unwrap()
 }
 
 fn of(measurement: &Measurement, unit: Unit, option: usize) -> f64 {
@@ -50,7 +58,7 @@ fn only(decoder: &Decoder, unit: Unit, format: LayerFormat) -> Decoder {
     let mut policy = uniform_policy(decoder.n_blocks(), LayerFormat::float(32)).unwrap();
     policy.units.retain(|u| u.unit != unit);
     policy.units.push(UnitPolicy { unit, format });
-    compress_decoder(decoder, &policy, &Rtn).unwrap()
+    compress_decoder(decoder, &policy, &Rtn, &[]).unwrap()
 }
 
 #[test]
@@ -66,6 +74,64 @@ fn a_block_s_sensitivity_is_the_definition() {
             close(of(&measurement, Unit::Block(block), index), expected);
         }
     }
+}
+
+/// Log-probabilities of the tokens of the second half of every window.
+fn log_probabilities(decoder: &Decoder) -> Vec<Vec<f64>> {
+    let of_window = |w: &Vec<u32>| {
+        let logits = to_vec(decoder.forward(w, None, None).unwrap()).unwrap();
+        let rows = logits.chunks(288).skip(w.len() / 2).map(|row| {
+            let sum: f64 = row.iter().map(|&v| f64::from(v).exp()).sum();
+            row.iter().map(|&v| f64::from(v) - sum.ln()).collect()
+        });
+        rows.collect::<Vec<Vec<f64>>>()
+    };
+    windows().iter().flat_map(of_window).collect()
+}
+
+#[test]
+fn the_end_to_end_sensitivity_is_the_divergence_of_the_predictions() {
+    let decoder = tiny_decoder(5, &Device::flex());
+    let options = option_grid(&[2, 4], &[32], &[]).unwrap();
+    let measurement = run(&decoder, &options, Granularity::Block);
+    let base = log_probabilities(&decoder);
+    for unit in [Unit::Embedding, Unit::Block(0), Unit::Block(3)] {
+        for (index, option) in options.iter().enumerate() {
+            let other = log_probabilities(&only(&decoder, unit, *option));
+            let of_token =
+                |(p, q): (&Vec<f64>, &Vec<f64>)| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+            let expected = base.iter().zip(&other).map(of_token).sum::<f64>() / base.len() as f64;
+            let found = measurement.units.iter().find(|u| u.unit == unit).unwrap().kl[index];
+            assert!(
+                (found - expected).abs() <= 2e-2 * expected + 1e-7,
+                "{unit} {option}: {found}, expected {expected}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_where_another_was_stopped() {
+    let decoder = tiny_decoder(5, &Device::flex());
+    let options = option_grid(&[2, 4], &[32], &[]).unwrap();
+    let windows = windows();
+    let trials = trials(&options, Granularity::Block, &windows);
+    let whole = run_trials(&decoder, &trials).unwrap();
+    let mut written = Vec::new();
+    let stopped = measure(
+        &decoder,
+        &trials,
+        &[],
+        &mut |units| {
+            written = units.to_vec();
+            if units.len() == 3 { Err(LucError::Nothing { expected: "a stop" }) } else { Ok(()) }
+        },
+        &mut |_| {},
+    );
+    assert!(stopped.is_err() && written.len() == 3);
+    let mut new = 0;
+    let resumed = measure(&decoder, &trials, &written, &mut |_| Ok(new += 1), &mut |_| {}).unwrap();
+    assert_eq!((resumed, new), (whole, 2));
 }
 
 #[test]
@@ -139,9 +205,9 @@ fn a_measurement_is_reproducible_and_progress_adds_up() {
     let decoder = tiny_decoder(2, &Device::flex());
     let options = option_grid(&[2, 4], &[64], &[]).unwrap();
     let mut seen = Vec::new();
-    let first =
-        measure(&decoder, &options, Granularity::Block, &windows(), &Rtn, &mut |p| seen.push((p.done, p.total)))
-            .unwrap();
+    let windows = windows();
+    let trials = trials(&options, Granularity::Block, &windows);
+    let first = measure(&decoder, &trials, &[], &mut |_| Ok(()), &mut |p| seen.push((p.done, p.total))).unwrap();
     assert_eq!(first, run(&decoder, &options, Granularity::Block));
     assert_eq!(first.calibration_tokens, 63);
     let total = seen.last().unwrap().1;
@@ -158,7 +224,7 @@ fn nothing_to_measure_is_an_error() {
     let decoder = tiny_decoder(2, &Device::flex());
     let options = option_grid(&[4], &[32], &[]).unwrap();
     let check = |options: &[LayerFormat], windows: &[Vec<u32>]| {
-        measure(&decoder, options, Granularity::Block, windows, &Rtn, &mut |_| {}).unwrap_err()
+        run_trials(&decoder, &trials(options, Granularity::Block, windows)).unwrap_err()
     };
     assert!(matches!(check(&[], &windows()), LucError::Nothing { .. }));
     assert!(matches!(check(&options, &[vec![]]), LucError::Nothing { .. }));
@@ -175,7 +241,8 @@ fn an_overflowing_model_is_an_error_that_names_the_unit() {
     blocks[1] = block;
     let store = std::sync::Arc::new(edgellm_model::decoder::ResidentStore::new(blocks));
     let options = option_grid(&[4], &[32], &[]).unwrap();
-    let error =
-        measure(&decoder.with_store(store), &options, Granularity::Block, &windows(), &Rtn, &mut |_| {}).unwrap_err();
+    let windows = windows();
+    let trials = trials(&options, Granularity::Block, &windows);
+    let error = run_trials(&decoder.with_store(store), &trials).unwrap_err();
     assert!(matches!(&error, LucError::NotFinite { .. }), "{error}");
 }

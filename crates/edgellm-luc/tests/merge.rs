@@ -4,7 +4,9 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use edgellm_kernels::{Arrangement, Format};
-use edgellm_luc::{Aim, InputMoments, MergeOptions, Merged, Rtn, compress_model, merge_adapter, uniform_policy};
+use edgellm_luc::{
+    Aim, Compression, InputMoments, MergeOptions, Merged, Rtn, compress_model, merge_adapter, uniform_policy,
+};
 use edgellm_model::adapter::{Adapter, LoraConfig, Targets};
 use edgellm_model::config::ModelConfig;
 use edgellm_model::decoder::{Activations, Decoder, LoadOptions};
@@ -53,7 +55,8 @@ fn base(folder: &Path, format: Option<&str>, arrangement: Arrangement) -> ModelF
     let Some(format) = format else { return files };
     let target = folder.join("packed");
     let policy = uniform_policy(files.config().n_layers, LayerFormat::of(Format::parse(format).unwrap())).unwrap();
-    compress_model(&files, &policy, &Rtn, arrangement, &target, false, &mut |_| {}).unwrap();
+    let how = Compression { policy: &policy, compressor: &Rtn, calibration: &[], arrangement, force: false };
+    compress_model(&files, &how, &target, &mut |_| {}).unwrap();
     ModelFiles::open(&target).unwrap()
 }
 

@@ -1,6 +1,6 @@
 //! Policy solvers on made-up measurements: by hand, and against brute force.
 
-use edgellm_luc::{Item, Paper, Solve, Uniform, allocate_sparsity, matrices_bytes, option_grid, policy_cost, select};
+use edgellm_luc::{Paper, Solve, Uniform, allocate_sparsity, option_grid, policy_cost};
 use edgellm_model::traits::PolicySolver;
 use edgellm_model::values::{
     Budget, CompressionPolicy, Granularity, LayerFormat, MatrixShape, Measurement, Unit, UnitMeasurement, Value,
@@ -32,7 +32,7 @@ fn measurement(options: Vec<LayerFormat>, sensitivity: &[&[f64]]) -> Measurement
 }
 
 fn bits(bits_per_weight: f64) -> Budget {
-    Budget { bits_per_weight: Some(bits_per_weight), bytes: None }
+    Budget { bits_per_weight: Some(bits_per_weight), ..Budget::default() }
 }
 
 fn widths(policy: &CompressionPolicy) -> Vec<u8> {
@@ -59,23 +59,23 @@ fn uniform_takes_the_widest_that_fits() {
     // 192 rows of 64 columns at 3 bits: 4608 bytes.
     let error = solve(2.9).unwrap_err().to_string();
     assert!(error.contains("4608 bytes (3.000 bits per weight)"), "{error}");
-    assert!(Uniform::default().solve(&m, &Budget::default()).unwrap_err().to_string().contains("neither"));
+    assert!(Uniform::default().solve(&m, &Budget::default()).unwrap_err().to_string().contains("none of them"));
 }
 
 #[test]
 fn uniform_may_be_told_the_format() {
     let m = example();
     let format = LayerFormat::quantized(3, 64, true);
-    let policy = Uniform { format: Some(format) }.solve(&m, &Budget::default()).unwrap();
+    let policy = Uniform { format: Some(format), ..Uniform::default() }.solve(&m, &Budget::default()).unwrap();
     assert!(policy.units.iter().all(|u| u.format == format));
     assert_eq!(policy_cost(&m, &policy).unwrap().sensitivity, None);
-    assert!(Uniform { format: Some(format) }.solve(&m, &bits(3.0)).is_err());
+    assert!(Uniform { format: Some(format), ..Uniform::default() }.solve(&m, &bits(3.0)).is_err());
 }
 
 #[test]
 fn both_budgets_hold_together() {
     let m = example();
-    let budget = Budget { bits_per_weight: Some(9.0), bytes: Some(7680) };
+    let budget = Budget { bits_per_weight: Some(9.0), bytes: Some(7680), ..Budget::default() };
     for solver in [&Uniform::default() as &dyn PolicySolver, &Paper::default(), &Solve::default()] {
         let policy = solver.solve(&m, &budget).unwrap();
         assert!(policy_cost(&m, &policy).unwrap().bytes <= 7680, "{}", solver.name());
@@ -228,72 +228,8 @@ fn the_grid_has_every_format_once() {
     assert!(option_grid(&[4], &[32], &[1.0]).is_err());
 }
 
-#[test]
-fn a_model_of_seven_billion_weights_is_solved() {
-    // 32 blocks of seven matrices at linear granularity, 18 options: sums of bytes up to 6e9.
-    let options = option_grid(&[2, 3, 4, 5, 6, 8], &[32, 64, 128], &[]).unwrap();
-    let shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)];
-    let mut classes = Vec::new();
-    for index in 0..32 * 7 {
-        let (rows, cols) = shapes[index % 7];
-        let shape = [MatrixShape { name: String::new(), rows, cols }];
-        let scale = 1.0 + (index * 7919 % 101) as f64 / 13.0;
-        let items = options.iter().map(|o| Item {
-            bytes: matrices_bytes(&shape, o).unwrap(),
-            damage: scale * 4f64.powi(-i32::from(o.bit_width)) * (1.0 + f64::from(o.group_size) / 300.0),
-        });
-        classes.push(items.collect::<Vec<_>>());
-    }
-    let budget = 3_500_000_000;
-    let best = select(&classes, budget, 1 << 20).unwrap();
-    assert!(best.bytes <= budget && best.gap == 0.0);
-    let coarse = select(&classes, budget, 8).unwrap();
-    assert!(coarse.damage >= best.damage && coarse.damage - coarse.gap <= best.damage);
-}
-
-fn brute_force(classes: &[Vec<Item>], budget: u64) -> Option<f64> {
-    let Some((class, rest)) = classes.split_first() else { return Some(0.0) };
-    let damage = |item: &Item| Some(item.damage + brute_force(rest, budget.checked_sub(item.bytes)?)?);
-    class.iter().filter_map(damage).min_by(f64::total_cmp)
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
-
-    #[test]
-    fn the_knapsack_equals_brute_force(
-        classes in prop::collection::vec(
-            prop::collection::vec((0u64..40, 0u32..60), 1..5),
-            0..6,
-        ),
-        budget in 0u64..150,
-        max_states in prop::sample::select(vec![2usize, 3, 5, 1 << 20]),
-    ) {
-        let classes: Vec<Vec<Item>> = classes
-            .into_iter()
-            .map(|c| c.into_iter().map(|(bytes, d)| Item { bytes, damage: f64::from(d) / 7.0 }).collect())
-            .collect();
-        match (select(&classes, budget, max_states), brute_force(&classes, budget)) {
-            (Ok(found), Some(best)) => {
-                let chosen = || classes.iter().zip(&found.items).map(|(c, &i)| c[i]);
-                prop_assert_eq!(found.items.len(), classes.len());
-                prop_assert_eq!(chosen().map(|i| i.bytes).sum::<u64>(), found.bytes);
-                prop_assert!((chosen().map(|i| i.damage).sum::<f64>() - found.damage).abs() < 1e-9);
-                prop_assert!(found.bytes <= budget);
-                prop_assert!(found.damage >= best - 1e-9);
-                prop_assert!(found.damage - found.gap <= best + 1e-9, "{} - {} > {}", found.damage, found.gap, best);
-                if max_states > 1000 {
-                    prop_assert_eq!(found.gap, 0.0);
-                }
-            }
-            (Err(least), None) => {
-                prop_assert!(least > budget);
-                let smallest: u64 = classes.iter().map(|c| c.iter().map(|i| i.bytes).min().unwrap()).sum();
-                prop_assert_eq!(least, smallest);
-            }
-            (found, best) => prop_assert!(false, "{found:?}, brute force {best:?}"),
-        }
-    }
 
     #[test]
     fn sparsities_meet_the_mean_within_their_limits(

@@ -28,8 +28,29 @@ pub enum Workload {
 pub struct UnitCost {
     /// Time in milliseconds.
     pub milliseconds: f64,
-    /// Bytes of its packed weights.
+    /// Bytes of its packed weights, as a file holds them.
     pub bytes: u64,
+    /// Bytes of memory that it takes while the model runs.
+    pub resident_bytes: u64,
+}
+
+/// What a decoder is beside its packed matrices: all that the fixed cost of a token depends on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DecoderShape {
+    /// Decoder blocks.
+    pub n_blocks: usize,
+    /// Values of a hidden state.
+    pub hidden_size: usize,
+    /// Values of all query heads.
+    pub query_size: usize,
+    /// Values of all key heads, which are as many as those of the value heads.
+    pub kv_size: usize,
+    /// Values between the projections of the feed-forward part.
+    pub intermediate_size: usize,
+    /// Entries of the vocabulary.
+    pub vocab_size: usize,
+    /// Tokens in the cache.
+    pub context: usize,
 }
 
 /// Predicts the cost of a unit in a format on a device (implemented by the scheduler, used by compression and tuning).
@@ -37,8 +58,15 @@ pub trait CostModel {
     /// The cost of running matrices of these shapes in `format`.
     ///
     /// # Errors
-    /// The format does not exist.
+    /// The format does not exist, or the device's profile does not tell its speed.
     fn cost(&self, matrices: &[MatrixShape], format: &LayerFormat, workload: Workload) -> Result<UnitCost, ModelError>;
+
+    /// The cost of decoding a token apart from products with packed matrices: norms, attention, cache, buffers,
+    /// sampling. `bytes` is 0; `resident_bytes` is the memory for a full cache and all buffers.
+    ///
+    /// # Errors
+    /// The device's profile does not tell it.
+    fn fixed(&self, shape: &DecoderShape) -> Result<UnitCost, ModelError>;
 }
 
 /// Turns a float matrix into a packed one.

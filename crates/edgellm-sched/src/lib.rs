@@ -17,6 +17,7 @@
 //!     read_gbps: vec![8.0, 12.0, 16.0, 16.0],
 //!     handover_us: 5.0,
 //!     usable_bytes: 4_000_000_000,
+//!     decode: Vec::new(),
 //! };
 //! let model = Roofline::new(profile)?;
 //! let matrix = [MatrixShape { name: "w".into(), rows: 2048, cols: 2048 }];
@@ -28,8 +29,10 @@
 
 #![forbid(unsafe_code)]
 
+mod decode;
 mod error;
 mod measure;
+mod probe;
 mod roofline;
 mod system;
 

@@ -1,4 +1,4 @@
-//! Measuring a device: a few seconds of reading memory, multiplying matrices and starting threads.
+//! Measuring a device: half a minute of reading memory, multiplying matrices and starting threads.
 //!
 //! - **Bandwidth**: a buffer far larger than the caches is summed by 1, 2, ... threads, each its own part; best of
 //!   three. Reads only, as in decoding a token.
@@ -6,6 +6,7 @@
 //!   of several. Cores of a slower kind are scaled by the system's figure for their capacity, since a portable
 //!   program cannot choose the core it runs on.
 //! - **Hand-over**: the median time of an empty parallel region on all threads.
+//! - **Decoding**: products with matrices of every packed format, and decoders of two sizes, with 1, 2, ... threads.
 
 use std::hint::black_box;
 use std::num::NonZeroUsize;
@@ -16,7 +17,7 @@ use edgellm_model::generate::to_vec;
 use edgellm_model::values::{CoreKind, DeviceProfile, Value};
 
 use crate::error::{Result, SchedError};
-use crate::system;
+use crate::{decode, system};
 
 /// Bytes that are read to measure the bandwidth: larger than the caches of any device that this is for.
 const BUFFER_BYTES: usize = 256 << 20;
@@ -38,12 +39,13 @@ pub struct ProfileRequest {
     pub threads: Option<NonZeroUsize>,
 }
 
-/// Measures the device that this runs on. Takes a few seconds, in which nothing else should run.
+/// Measures the device that this runs on. Takes about half a minute, in which nothing else should run. `on_step` gets the
+/// parts that are done and how many there are.
 ///
 /// # Errors
 /// The system does not tell how much memory there is and `request` neither, threads cannot be started, or a clock
 /// did not move.
-pub fn measure_profile(request: &ProfileRequest) -> Result<DeviceProfile> {
+pub fn measure_profile(request: &ProfileRequest, on_step: &mut dyn FnMut(usize, usize)) -> Result<DeviceProfile> {
     let usable_bytes = match request.usable_bytes.or_else(system::usable_bytes) {
         Some(bytes) => bytes,
         None => return Err(SchedError::Unknown { what: "how much memory there is" }),
@@ -59,6 +61,7 @@ pub fn measure_profile(request: &ProfileRequest) -> Result<DeviceProfile> {
         read_gbps: read_gbps(buffer, threads)?,
         handover_us: handover_us(threads)?,
         usable_bytes,
+        decode: decode::measure(threads, buffer as u64, on_step)?,
     })
 }
 
@@ -175,11 +178,17 @@ mod tests {
     fn this_machine_has_a_profile_that_the_cost_model_takes() {
         let request =
             ProfileRequest { name: Some("here".into()), usable_bytes: Some(1 << 30), threads: NonZeroUsize::new(2) };
-        let profile = measure_profile(&request).unwrap();
+        let profile = measure_profile(&request, &mut |_, _| {}).unwrap();
         assert_eq!((profile.name.as_str(), profile.usable_bytes), ("here", 1 << 30));
         let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(2);
         assert_eq!(profile.read_gbps.len(), threads);
         assert_eq!(profile.cores.iter().map(|c| c.count).sum::<usize>(), threads);
+        assert_eq!(profile.decode.len(), threads);
+        for rates in &profile.decode {
+            assert!(rates.formats.iter().all(|f| f.ns_per_weight > 0.0), "{rates:?}");
+            let rate = |name: &str| rates.formats.iter().find(|f| f.format == name).unwrap().ns_per_weight;
+            assert!(rate("f32") > rate("q2g32s"), "{rates:?}");
+        }
         Roofline::new(profile.clone()).unwrap();
         let text = serde_json::to_string(&profile).unwrap();
         assert_eq!(serde_json::from_str::<DeviceProfile>(&text).unwrap(), profile);

@@ -26,7 +26,7 @@
 //! let text = model.tokenizer.encode("Some text to calibrate on.", false)?;
 //! let options = option_grid(&[2, 4, 8], &[32], &[])?;
 //! let measurement = measure(&model.decoder, &options, Granularity::Block, &[text], &Rtn, &mut |_| {})?;
-//! let budget = Budget { bits_per_weight: Some(5.0), bytes: None };
+//! let budget = Budget { bits_per_weight: Some(5.0), ..Budget::default() };
 //! let policy = Solve::default().solve(&measurement, &budget)?;
 //! assert_eq!(policy.units.len(), 5);
 //!

@@ -3,20 +3,25 @@
 //! Solvers are values without state: the same measurement and budget give the same policy, byte for byte. Units keep
 //! the order of the measurement.
 
+mod costs;
+mod dual;
+mod explain;
 mod knapsack;
 mod paper;
 mod solve;
 mod uniform;
 
+pub use costs::{Costs, DecodeDevice, Resource};
+pub use explain::{Choice, Explained, Neighbour, explain};
 pub use knapsack::{Item, Selection, select};
 pub use paper::{Paper, allocate_sparsity};
 pub use solve::{Solution, Solve};
 pub use uniform::Uniform;
 
 use edgellm_model::ModelError;
-use edgellm_model::values::{Budget, CompressionPolicy, LayerFormat, Measurement, UnitPolicy, Value};
+use edgellm_model::values::{Budget, CompressionPolicy, LayerFormat, Measurement, UnitMeasurement, UnitPolicy, Value};
 
-use crate::cost::{bits_per_weight, matrices_bytes, total_weights};
+use crate::cost::total_weights;
 use crate::digest::measurement_digest;
 
 /// The options that a measurement tries: asymmetric formats of every bit width (16 and 32 are the floats f16 and f32)
@@ -48,6 +53,25 @@ pub fn option_grid(bit_widths: &[u8], group_sizes: &[u16], sparsities: &[f64]) -
         }
     }
     Ok(options)
+}
+
+/// Which of the measured sensitivities a solver looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sensitivity {
+    /// End to end: the divergence of the next-token distributions.
+    Kl,
+    /// Local: the relative error of the unit's output (the paper's).
+    Local,
+}
+
+impl Sensitivity {
+    /// A unit's sensitivities, one for each option.
+    pub fn of(self, unit: &UnitMeasurement) -> &[f64] {
+        match self {
+            Sensitivity::Kl => &unit.kl,
+            Sensitivity::Local => &unit.local,
+        }
+    }
 }
 
 /// Checks what a file could get wrong.
@@ -93,30 +117,10 @@ pub(crate) fn policy(
         granularity: measurement.granularity,
         seed: 0,
         measurement_digest: Some(measurement_digest(measurement)),
-        model_digest: Some(measurement.model_digest.clone()),
-        compressor: Some(measurement.compressor.clone()),
+        model_digest: Some(measurement.model_digest.clone()).filter(|digest| !digest.is_empty()),
+        compressor: Some(measurement.compressor.clone()).filter(|name| !name.is_empty()),
         budget: *budget,
         units: units.map(|(u, &format)| UnitPolicy { unit: u.unit, format }).collect(),
-    }
-}
-
-/// Bytes of the whole model when unit `i` has the format `formats[i]`.
-fn bytes_of(measurement: &Measurement, formats: &[LayerFormat]) -> Result<u64, ModelError> {
-    let mut sum = 0u64;
-    for (unit, format) in measurement.units.iter().zip(formats) {
-        sum = sum.saturating_add(matrices_bytes(&unit.matrices, format)?);
-    }
-    Ok(sum)
-}
-
-/// The budget cannot be met.
-fn infeasible(measurement: &Measurement, least: u64, limit: u64) -> ModelError {
-    let weights = total_weights(measurement).unwrap_or(1);
-    let say = |bytes: u64| format!("{bytes} bytes ({:.3} bits per weight)", bits_per_weight(bytes, weights));
-    ModelError::Value {
-        what: "budget".into(),
-        expected: format!("at least {}, the least that these options reach", say(least)),
-        found: say(limit),
     }
 }
 
@@ -124,7 +128,7 @@ fn infeasible(measurement: &Measurement, least: u64, limit: u64) -> ModelError {
 fn no_budget(solver: &str, instead: &str) -> ModelError {
     ModelError::Value {
         what: format!("budget of the policy '{solver}'"),
-        expected: format!("bits per weight or bytes{instead}"),
-        found: "neither".into(),
+        expected: format!("bits per weight, bytes, milliseconds or memory{instead}"),
+        found: "none of them".into(),
     }
 }

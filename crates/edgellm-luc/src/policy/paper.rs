@@ -12,17 +12,18 @@
 
 use edgellm_model::ModelError;
 use edgellm_model::traits::PolicySolver;
-use edgellm_model::values::{Budget, CompressionPolicy, LayerFormat, Measurement, Unit};
+use edgellm_model::values::{Budget, CompressionPolicy, LayerFormat, Measurement, Unit, UnitMeasurement};
 
-use super::{bytes_of, check, infeasible, no_budget, policy};
-use crate::cost::byte_limit;
+use super::costs::{Costs, DecodeDevice};
+use super::{Sensitivity, check, no_budget, policy};
+use crate::cost::matrices_bytes;
 
 /// Bit widths that packed formats have, and f16.
 const WIDTHS: [u8; 7] = [2, 3, 4, 5, 6, 8, 16];
 
 /// The paper's policy.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Paper {
+#[derive(Clone, Copy, Debug)]
+pub struct Paper<'a> {
     /// The base width `B`; `None` for the largest measured one with which the budget is kept.
     pub base: Option<u8>,
     /// What units above the mean get on top of it, before rounding up.
@@ -33,60 +34,75 @@ pub struct Paper {
     pub target_sparsity: f64,
     /// The largest sparsity of a unit.
     pub p_max: f64,
+    /// The sensitivity that it looks at; the paper's is local.
+    pub sensitivity: Sensitivity,
+    /// The device that milliseconds and memory are of; needed for such budgets only.
+    pub device: Option<DecodeDevice<'a>>,
 }
 
-impl Default for Paper {
+impl Default for Paper<'_> {
     fn default() -> Self {
-        Self { base: None, step: 1, group_size: None, target_sparsity: 0.0, p_max: 0.9 }
+        let sensitivity = Sensitivity::Local;
+        Self { base: None, step: 1, group_size: None, target_sparsity: 0.0, p_max: 0.9, sensitivity, device: None }
     }
 }
 
-impl PolicySolver for Paper {
+impl PolicySolver for Paper<'_> {
     fn name(&self) -> &'static str {
         "paper"
     }
 
     fn solve(&self, measurement: &Measurement, budget: &Budget) -> Result<CompressionPolicy, ModelError> {
         check(measurement)?;
-        let limit = byte_limit(measurement, budget)?;
+        let costs = Costs::new(measurement, budget, self.device)?;
         let bases: Vec<usize> = match self.base {
-            Some(width) => match (self.base_options(measurement, width), limit) {
+            Some(width) => match (self.base_options(measurement, width)?, costs.is_limited()) {
                 (options, _) if options.is_empty() => return Err(not_measured(&format!("{width} bits"), measurement)),
-                (options, None) => options[..1].to_vec(),
-                (options, Some(_)) => options,
+                (options, false) => options[..1].to_vec(),
+                (options, true) => options,
             },
-            None if limit.is_none() => return Err(no_budget("paper", ", or a base width")),
-            None => WIDTHS.iter().rev().flat_map(|&width| self.base_options(measurement, width)).collect(),
+            None if !costs.is_limited() => return Err(no_budget("paper", ", or a base width")),
+            None => {
+                let mut all = Vec::new();
+                for &width in WIDTHS.iter().rev() {
+                    all.extend(self.base_options(measurement, width)?);
+                }
+                all
+            }
         };
         if bases.is_empty() {
             return Err(not_measured("any width", measurement));
         }
         let sparsity = self.sparsity(measurement)?;
-        let mut least = u64::MAX;
+        let mut least = [u64::MAX; 3];
         for base in bases {
             let formats = self.formats(measurement, base, &sparsity);
-            let bytes = bytes_of(measurement, &formats)?;
-            if bytes <= limit.unwrap_or(u64::MAX) {
+            let total = costs.total(&formats)?;
+            if costs.admits(&total) {
                 return Ok(policy(self.name(), measurement, budget, &formats));
             }
-            least = least.min(bytes);
+            least = std::array::from_fn(|r| least[r].min(total[r]));
         }
-        Err(infeasible(measurement, least, limit.unwrap_or(u64::MAX)))
+        Err(costs.infeasible(least))
     }
 }
 
-impl Paper {
-    /// Indices of the dense options of `width` bits, the smallest groups first.
-    fn base_options(&self, measurement: &Measurement, width: u8) -> Vec<usize> {
-        let group = |index: &usize| measurement.options[*index].group_size;
-        let suits = |index: &usize| {
-            let option = &measurement.options[*index];
-            let grouped = width >= 16 || self.group_size.is_none_or(|size| size == group(index));
-            option.bit_width == width && option.sparsity == 0.0 && grouped
-        };
-        let mut options: Vec<usize> = (0..measurement.options.len()).filter(suits).collect();
-        options.sort_by_key(group);
-        options
+impl Paper<'_> {
+    /// Indices of the dense options of `width` bits, the most bytes (the finest groups and scales) first.
+    fn base_options(&self, measurement: &Measurement, width: u8) -> Result<Vec<usize>, ModelError> {
+        let mut found = Vec::new();
+        for (index, option) in measurement.options.iter().enumerate() {
+            let grouped = width >= 16 || self.group_size.is_none_or(|size| size == option.group_size);
+            if option.bit_width == width && option.sparsity == 0.0 && grouped {
+                let mut bytes = 0u64;
+                for unit in &measurement.units {
+                    bytes = bytes.saturating_add(matrices_bytes(&unit.matrices, option)?);
+                }
+                found.push((std::cmp::Reverse(bytes), index));
+            }
+        }
+        found.sort_unstable();
+        Ok(found.into_iter().map(|(_, index)| index).collect())
     }
 
     /// The sparsity of every unit.
@@ -97,7 +113,7 @@ impl Paper {
         }
         let probe = probe(measurement, self.target_sparsity)?;
         let decoder: Vec<usize> = decoder_units(measurement);
-        let s: Vec<f64> = decoder.iter().map(|&u| measurement.units[u].local[probe]).collect();
+        let s: Vec<f64> = decoder.iter().map(|&u| self.sensitivity.of(&measurement.units[u])[probe]).collect();
         let weights: Vec<f64> = decoder.iter().map(|&u| unit_weights(measurement, u)).collect();
         let allocated = allocate_sparsity(&s, &weights, self.target_sparsity, self.p_max)?;
         for (unit, p) in decoder.into_iter().zip(allocated) {
@@ -109,14 +125,15 @@ impl Paper {
     /// The format of every unit for one base option.
     fn formats(&self, measurement: &Measurement, base: usize, sparsity: &[f64]) -> Vec<LayerFormat> {
         let decoder = decoder_units(measurement);
+        let at_base = |unit: &UnitMeasurement| self.sensitivity.of(unit)[base];
         let weighted: f64 =
-            decoder.iter().map(|&u| unit_weights(measurement, u) * measurement.units[u].local[base]).sum();
+            decoder.iter().map(|&u| unit_weights(measurement, u) * at_base(&measurement.units[u])).sum();
         let weights: f64 = decoder.iter().map(|&u| unit_weights(measurement, u)).sum();
         let mean = weighted / weights;
         let low = measurement.options[base];
         let high = widen(low, self.step);
         let units = measurement.units.iter().zip(sparsity);
-        units.map(|(unit, &p)| if unit.local[base] > mean { high } else { low }.with_sparsity_if(p)).collect()
+        units.map(|(unit, &p)| if at_base(unit) > mean { high } else { low }.with_sparsity_if(p)).collect()
     }
 }
 

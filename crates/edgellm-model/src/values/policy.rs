@@ -14,6 +14,24 @@ pub struct Budget {
     /// Bytes of all packed units, scales included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
+    /// Milliseconds to decode a token, all of the model included, as a cost model predicts them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub milliseconds: Option<f64>,
+    /// Bytes of memory while tokens are decoded: weights as they are run, cache and buffers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
+}
+
+impl Budget {
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether it has a limit that only a cost model can tell the cost for.
+    pub fn needs_device(&self) -> bool {
+        self.milliseconds.is_some() || self.peak_bytes.is_some()
+    }
 }
 
 /// The format chosen for one unit.
@@ -40,10 +58,10 @@ pub struct CompressionPolicy {
     /// SHA-256 of the measurement that it was computed from, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measurement_digest: Option<String>,
-    /// SHA-256 of the weights of the model that was measured, if any.
+    /// SHA-256 of the weights of the model that was measured, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_digest: Option<String>,
-    /// The compressor that it was measured with, if any.
+    /// The compressor that was measured, such as `gptq`, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compressor: Option<String>,
     /// What it was allowed to spend.

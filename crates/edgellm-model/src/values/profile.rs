@@ -15,6 +15,37 @@ pub struct CoreKind {
     pub gmacs_f32: f64,
 }
 
+/// The time of products of one token with packed weights of one format.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FormatRate {
+    /// Name of the packed format, such as `q4g32a`.
+    pub format: String,
+    /// Nanoseconds for a weight (a pruned one counts too), reading included.
+    pub ns_per_weight: f64,
+}
+
+/// How a number of threads decodes: what a token costs in products with packed weights, and beside them.
+///
+/// `ms = sum over matrices of weights * ns_per_weight + blocks * (block_us + block_value_ns * values +
+/// attention_ns * query size * context) + token_us + logit_ns * vocabulary`, in one unit of time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecodeRates {
+    /// Threads.
+    pub threads: usize,
+    /// Of a block, whatever its size: parallel regions and calls, in microseconds.
+    pub block_us: f64,
+    /// Of a block, for each value of its activations, in nanoseconds: norms, rotation, rounding, gating.
+    pub block_value_ns: f64,
+    /// Of a block's attention, for each query value and cached token, in nanoseconds.
+    pub attention_ns: f64,
+    /// Of a token, outside blocks, in microseconds.
+    pub token_us: f64,
+    /// Of a token, for each entry of the vocabulary, in nanoseconds.
+    pub logit_ns: f64,
+    /// Products, by format.
+    pub formats: Vec<FormatRate>,
+}
+
 /// A device profile: the cost model's only knowledge of a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceProfile {
@@ -32,11 +63,14 @@ pub struct DeviceProfile {
     pub handover_us: f64,
     /// Memory that a process may use, in bytes.
     pub usable_bytes: u64,
+    /// Decoding with 1, 2, ... threads; empty if only published figures are known.
+    #[serde(default)]
+    pub decode: Vec<DecodeRates>,
 }
 
 impl Value for DeviceProfile {
     const KIND: &'static str = "device profile";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
 
     fn format_version(&self) -> u32 {
         self.format_version

@@ -49,7 +49,7 @@ pub(crate) struct Compress {
 
 impl Compress {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
-        let format = self.format.as_deref().map(parse_format).transpose()?;
+        let format = self.format.as_deref().map(|name| parse_format("--format", name)).transpose()?;
         check_output_dir(&self.output, self.force)?;
         if self.output.is_dir() && !is_model_dir(&self.output)? {
             let text = format!("{}: --force replaces a model only, and this folder is none", self.output.display());
@@ -153,15 +153,15 @@ pub(super) fn same_place(a: &std::path::Path, b: &std::path::Path) -> bool {
 }
 
 /// A format that policies can name: what [`LayerFormat`] holds, by the kernels' names.
-pub(super) fn parse_format(name: &str) -> anyhow::Result<LayerFormat> {
-    let format = Format::parse(name).map_err(|e| Usage(format!("--format: {e}")))?;
+pub(super) fn parse_format(argument: &str, name: &str) -> anyhow::Result<LayerFormat> {
+    let format = Format::parse(name).map_err(|e| Usage(format!("{argument}: {e}")))?;
     let layer = LayerFormat::of(format);
     let stored = layer.packed().map_err(usage)?;
     if stored != format {
         let text = if format.quantized().is_some_and(|q| q.is_sparse()) {
-            format!("--format: {name} is not smaller than {stored}; expected a format that keeps fewer weights")
+            format!("{argument}: {name} is not smaller than {stored}; expected a format that keeps fewer weights")
         } else {
-            format!("--format: expected f32, f16 or a quantized format with f16 scales such as q4g32a, found {name}")
+            format!("{argument}: expected f32, f16 or a quantized format with f16 scales such as q4g32a, found {name}")
         };
         return Err(Usage(text).into());
     }
@@ -175,14 +175,14 @@ mod tests {
     #[test]
     fn formats_are_those_of_policies() {
         for name in ["f32", "f16", "q4g32a", "q3g64s", "q8g128a"] {
-            assert_eq!(parse_format(name).unwrap().to_string(), name);
+            assert_eq!(parse_format("--format", name).unwrap().to_string(), name);
         }
         for (name, sparsity) in [("q4g32a-2:4", 0.5), ("q3g64s-4:8", 0.5), ("q4g32s-b50", 0.5), ("q8g32a-b30", 0.7)] {
-            let format = parse_format(name).unwrap();
+            let format = parse_format("--format", name).unwrap();
             assert_eq!((format.packed().unwrap().name().as_str(), format.sparsity), (name, sparsity));
         }
         for bad in ["", "q7g32a", "q4g33a", "int4", "bf16", "q4g32a-f32", "q4g32s-1:4", "q4g32s-b75"] {
-            assert!(parse_format(bad).unwrap_err().is::<Usage>(), "{bad}");
+            assert!(parse_format("--format", bad).unwrap_err().is::<Usage>(), "{bad}");
         }
     }
 }

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use edgellm::luc::{Trials, measure, model_digest, option_grid};
-use edgellm::model::values::{Granularity, Measurement, write_value};
+use edgellm::model::values::{Granularity, LayerFormat, Measurement, Scales, write_value};
 use serde_json::json;
 
 use super::calibration::CalibrationArgs;
+use super::compress::parse_format;
 use super::compressors::CompressorChoice;
 use super::failure::{Usage, usage};
 use super::output::table;
@@ -33,8 +34,14 @@ pub(crate) struct Measure {
     #[arg(long, value_delimiter = ',', default_value = "2,3,4,5,6,8", value_name = "LIST")]
     bits: Vec<u8>,
     /// Numbers of weights that share a scale to try
-    #[arg(long, value_delimiter = ',', default_value = "32,64,128", value_name = "LIST")]
+    #[arg(long, value_delimiter = ',', default_value = "32,64", value_name = "LIST")]
     group_size: Vec<u16>,
+    /// How scales are stored: in 8 bits and a unit a row, or in 16 bits
+    #[arg(long, value_enum, default_value_t = ScalesArg::U8, value_name = "KIND")]
+    scales: ScalesArg,
+    /// More formats to try, such as q4g32s-b70 (70% of the weights kept) or q4g32a-2:4
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    formats: Vec<String>,
     /// Shares of pruned weights to try (what `plan --solver paper --target-sparsity` needs)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     sparsity: Vec<f64>,
@@ -51,10 +58,19 @@ pub(crate) struct Measure {
     compare_context: usize,
 }
 
+/// How scales are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ScalesArg {
+    /// 8 bits, times a unit of the row
+    U8,
+    /// f16
+    F16,
+}
+
 impl Measure {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
         check_output_file(&self.output)?;
-        let options = option_grid(&self.bits, &self.group_size, &self.sparsity).map_err(usage)?;
+        let options = self.options()?;
         self.calibration.check()?;
         if self.compare_windows == 0 || self.compare_context < 2 {
             let found = format!("{} and {}", self.compare_windows, self.compare_context);
@@ -89,6 +105,24 @@ impl Measure {
         write_value(&self.output, &measurement)?;
         partial.remove();
         self.report(ctx, &measurement)
+    }
+
+    fn options(&self) -> anyhow::Result<Vec<LayerFormat>> {
+        let scales = match self.scales {
+            ScalesArg::U8 => Scales::U8,
+            ScalesArg::F16 => Scales::F16,
+        };
+        let grid = option_grid(&self.bits, &self.group_size, &self.sparsity).map_err(usage)?;
+        let stored = |option: LayerFormat| if option.bit_width < 16 { option.with_scales(scales) } else { option };
+        let mut options: Vec<LayerFormat> = grid.into_iter().map(stored).collect();
+        for name in &self.formats {
+            let option = parse_format("--formats", name)?;
+            if options.contains(&option) {
+                return Err(Usage(format!("--formats: {name} is there already; expected every format once")).into());
+            }
+            options.push(option);
+        }
+        Ok(options)
     }
 
     fn report(&self, ctx: &Context, measurement: &Measurement) -> anyhow::Result<()> {

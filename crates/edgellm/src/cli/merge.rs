@@ -298,5 +298,5 @@ fn parse_merged_format(name: &str) -> anyhow::Result<LayerFormat> {
             format!("--format: expected keep, f32, f16 or a dense format, found {name}; merge first, then compress");
         return Err(Usage(text).into());
     }
-    parse_format(name)
+    parse_format("--format", name)
 }

@@ -3,6 +3,7 @@
 mod adapt;
 mod bench;
 mod calibration;
+mod chart;
 mod compress;
 mod compressors;
 mod data;
@@ -24,6 +25,7 @@ mod prompt;
 mod pull;
 mod run;
 mod run_adapters;
+mod search;
 mod speculate;
 mod speculation;
 mod vote;
@@ -89,6 +91,7 @@ enum Command {
     Profile(profile::Profile),
     Measure(measure::Measure),
     Plan(plan::Plan),
+    Search(search::Search),
     Compress(compress::Compress),
     Adapt(adapt::Adapt),
     Draft(draft::Draft),
@@ -269,6 +272,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Profile(command) => command.run(&ctx).map(success),
         Command::Measure(command) => command.run(&ctx).map(success),
         Command::Plan(command) => command.run(&ctx).map(success),
+        Command::Search(command) => command.run(&ctx).map(success),
         Command::Compress(command) => command.run(&ctx).map(success),
         Command::Adapt(command) => command.run(&ctx),
         Command::Draft(command) => command.run(&ctx).map(success),

@@ -8,7 +8,8 @@ use edgellm::sched::{ProfileRequest, measure_profile};
 use serde_json::json;
 
 use super::output::{bytes, parse_size};
-use super::{Context, check_output_file};
+use super::progress::Counted;
+use super::{Context, check_output_file, interrupt};
 
 /// Measure this device and write its profile
 #[derive(Args)]
@@ -27,10 +28,19 @@ pub(crate) struct Profile {
 impl Profile {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
         check_output_file(&self.output)?;
-        ctx.say("measuring for some seconds; other work would disturb it");
+        ctx.say("measuring for about half a minute; other work would disturb it");
         let threads = ctx.threads.and_then(|n| std::num::NonZeroUsize::new(usize::from(n)));
         let request = ProfileRequest { name: self.name.clone(), usable_bytes: self.usable_memory, threads };
-        let profile = measure_profile(&request)?;
+        let mut progress = ctx.progress("profile", 0, Counted::Items("formats"));
+        let profile = interrupt::stoppable(|| {
+            let on_step = &mut |done: usize, total: usize| {
+                progress.set_total(total as u64);
+                progress.set(done as u64);
+                interrupt::checkpoint();
+            };
+            Ok(measure_profile(&request, on_step)?)
+        })?;
+        progress.finish();
         write_value(&self.output, &profile)?;
         let json = json!({ "path": self.output, "profile": profile });
         ctx.result(json, || format!("{}wrote {}\n", describe(&profile), self.output.display()))
@@ -49,6 +59,13 @@ pub(crate) fn describe(profile: &DeviceProfile) -> String {
     let rates: Vec<String> = profile.read_gbps.iter().map(|rate| format!("{rate:.1}")).collect();
     text.push_str(&format!("memory      {} GB/s with 1, 2, ... threads\n", rates.join(", ")));
     text.push_str(&format!("hand-over   {:.1} us\n", profile.handover_us));
+    for rates in &profile.decode {
+        let shown = ["q2g32a", "q3g32a", "q4g32a", "q8g32a", "f16"];
+        let shown = rates.formats.iter().filter(|f| shown.contains(&f.format.as_str()));
+        let list: Vec<String> = shown.map(|f| format!("{} {:.4}", f.format, f.ns_per_weight)).collect();
+        let (threads, formats) = (rates.threads, rates.formats.len());
+        text.push_str(&format!("decode      {threads} threads, ns/weight: {} ({formats} formats)\n", list.join(", ")));
+    }
     text.push_str(&format!("usable      {}\n", bytes(profile.usable_bytes)));
     text
 }

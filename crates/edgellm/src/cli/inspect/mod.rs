@@ -1,7 +1,9 @@
 //! `edgellm inspect`: what is in a model directory, GGUF file, adapter, policy, measurement or device profile.
 
+mod layers;
+
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use edgellm::kernels::Format;
@@ -12,6 +14,8 @@ use edgellm::model::io::read_text;
 use edgellm::model::values::{CompressionPolicy, DeviceProfile, Measurement, Value as _, read_value};
 use serde_json::{Value, json};
 
+use self::layers::budget;
+use super::failure::Usage;
 use super::measure::sensitivities;
 use super::output::{bytes, table};
 use super::{Context, profile};
@@ -21,6 +25,9 @@ use super::{Context, profile};
 pub(crate) struct Inspect {
     /// A folder, a file, or the name of a stored model
     path: String,
+    /// Draw bits and sparsity by layer of a compressed model into this SVG file
+    #[arg(long, value_name = "FILE.svg")]
+    chart: Option<PathBuf>,
 }
 
 /// The kinds of things that can be looked into.
@@ -37,7 +44,16 @@ impl Inspect {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
         let path = ctx.store.resolve(&self.path)?;
         let (json, text) = match kind(&path)? {
-            Kind::Model => model(&ModelFiles::open(&path)?, ctx.verbose > 0)?,
+            Kind::Model => {
+                let files = ModelFiles::open(&path)?;
+                if let Some(chart) = &self.chart {
+                    layers::draw(&files, chart)?;
+                }
+                model(&files, ctx.verbose > 0)?
+            }
+            _ if self.chart.is_some() => {
+                return Err(Usage(format!("--chart: expected a compressed model, found {}", path.display())).into());
+            }
             Kind::Adapter => adapter(&path)?,
             Kind::Policy => policy(&read_value(&path)?),
             Kind::Measurement => measurement(&read_value(&path)?),
@@ -100,18 +116,25 @@ fn unknown(path: &Path, expected: &str, found: &str) -> anyhow::Error {
 struct Part {
     weights: u64,
     bytes: u64,
+    /// Weights that were pruned.
+    pruned: f64,
     formats: BTreeMap<String, u64>,
 }
 
 impl Part {
-    fn add(&mut self, weights: u64, bytes: u64, format: String) {
+    fn add(&mut self, weights: u64, bytes: u64, sparsity: f64, format: String) {
         self.weights += weights;
         self.bytes += bytes;
+        self.pruned += sparsity * weights as f64;
         *self.formats.entry(format).or_default() += weights;
     }
 
     fn bits_per_weight(&self) -> f64 {
         8.0 * self.bytes as f64 / self.weights.max(1) as f64
+    }
+
+    fn sparsity(&self) -> f64 {
+        self.pruned / self.weights.max(1) as f64
     }
 
     /// The formats, that of most weights first.
@@ -136,9 +159,12 @@ fn part_of(name: &str) -> (usize, String) {
     }
 }
 
+/// The parts of a model in order, by [`part_of`].
+type Parts = BTreeMap<(usize, String), Part>;
+
 fn model(files: &ModelFiles, verbose: bool) -> anyhow::Result<(Value, String)> {
     let config = files.config();
-    let mut parts: BTreeMap<(usize, String), Part> = BTreeMap::new();
+    let mut parts = Parts::new();
     let mut whole = Part::default();
     let mut tensors = Vec::new();
     for name in files.names() {
@@ -153,9 +179,10 @@ fn model(files: &ModelFiles, verbose: bool) -> anyhow::Result<(Value, String)> {
             _ => (Format::F32.name(), weights.saturating_mul(4)),
         };
         if shape.len() == 2 {
-            parts.entry(part_of(name)).or_default().add(weights, size, format.clone());
+            let sparsity = layers::sparsity_of(files, name)?;
+            parts.entry(part_of(name)).or_default().add(weights, size, sparsity, format.clone());
         }
-        whole.add(weights, size, format.clone());
+        whole.add(weights, size, 0.0, format.clone());
         tensors.push(json!({ "name": name, "shape": shape, "format": format, "bytes": size }));
     }
     let units: Vec<Value> = parts
@@ -163,7 +190,7 @@ fn model(files: &ModelFiles, verbose: bool) -> anyhow::Result<(Value, String)> {
         .map(|((_, unit), part)| {
             json!({
                 "unit": unit, "weights": part.weights, "bytes": part.bytes,
-                "bits_per_weight": part.bits_per_weight(), "formats": part.formats(),
+                "bits_per_weight": part.bits_per_weight(), "sparsity": part.sparsity(), "formats": part.formats(),
             })
         })
         .collect();
@@ -179,6 +206,13 @@ fn model(files: &ModelFiles, verbose: bool) -> anyhow::Result<(Value, String)> {
     if verbose {
         json["tensors"] = Value::Array(tensors.clone());
     }
+    if let Some(policy) = files.quantization().and_then(|q| q.policy.as_ref()) {
+        json["policy"] = json!({
+            "solver": policy.solver, "granularity": policy.granularity, "budget": policy.budget,
+            "measurement_digest": policy.measurement_digest, "model_digest": policy.model_digest,
+            "compressor": policy.compressor,
+        });
+    }
     Ok((json, model_text(files, &whole, &parts, template, verbose.then_some(&tensors))))
 }
 
@@ -190,13 +224,7 @@ fn container(files: &ModelFiles) -> &'static str {
     }
 }
 
-fn model_text(
-    files: &ModelFiles,
-    whole: &Part,
-    parts: &BTreeMap<(usize, String), Part>,
-    template: bool,
-    tensors: Option<&Vec<Value>>,
-) -> String {
+fn model_text(files: &ModelFiles, whole: &Part, parts: &Parts, template: bool, tensors: Option<&Vec<Value>>) -> String {
     let config = files.config();
     let yes = |b: bool| if b { "yes" } else { "no" };
     let mut text = format!(
@@ -225,16 +253,21 @@ fn model_text(
         yes(template)
     ));
     if let Some(policy) = files.quantization().and_then(|q| q.policy.as_ref()) {
-        text.push_str(&format!("compressed with the policy '{}'\n", policy.solver));
+        let (solver, budget) = (&policy.solver, budget(&policy.budget));
+        text.push_str(&format!("compressed with the policy '{solver}', budget: {budget}\n{}", layers::origin(policy)));
     }
+    let most = parts.values().map(Part::bits_per_weight).fold(0.0, f64::max);
     let rows: Vec<Vec<String>> = parts
         .iter()
         .map(|((_, unit), part)| {
-            vec![unit.clone(), format!("{:.2}", part.bits_per_weight()), bytes(part.bytes), part.formats()]
+            let bits = part.bits_per_weight();
+            let pruned = format!("{:.0}%", 100.0 * part.sparsity());
+            let bar = layers::bar(bits, most, part.sparsity());
+            vec![unit.clone(), format!("{bits:.2}"), bytes(part.bytes), pruned, bar, part.formats()]
         })
         .collect();
     text.push('\n');
-    text.push_str(&table(&["unit", "bits/weight", "size", "formats"], &rows));
+    text.push_str(&table(&["unit", "bits/weight", "size", "pruned", "", "formats"], &rows));
     if let Some(tensors) = tensors {
         let cell = |t: &Value, key: &str| t[key].as_str().map_or_else(|| t[key].to_string(), String::from);
         let row = |t: &Value| vec![cell(t, "name"), cell(t, "shape"), cell(t, "format")];
@@ -294,16 +327,12 @@ fn adapter(dir: &Path) -> anyhow::Result<(Value, String)> {
 
 fn policy(policy: &CompressionPolicy) -> (Value, String) {
     let rows: Vec<Vec<String>> = policy.units.iter().map(|u| vec![u.unit.to_string(), u.format.to_string()]).collect();
-    let budget = match (policy.budget.bits_per_weight, policy.budget.bytes) {
-        (Some(bits), Some(size)) => format!("{bits} bits per weight and {}", bytes(size)),
-        (Some(bits), None) => format!("{bits} bits per weight"),
-        (None, Some(size)) => bytes(size),
-        (None, None) => "none".into(),
-    };
     let text = format!(
-        "compression policy by '{}', {} units, budget: {budget}\n\n{}",
+        "compression policy by '{}', {} units, budget: {}\n{}\n{}",
         policy.solver,
         policy.units.len(),
+        budget(&policy.budget),
+        layers::origin(policy),
         table(&["unit", "format"], &rows)
     );
     (json!({ "kind": CompressionPolicy::KIND, "policy": policy }), text)
