@@ -123,7 +123,9 @@ const MEMORY_ABOVE_FILE: f64 = 150e6;
 /// Loads and generates from the memory-mapped GGUF and from a compressed directory; peak memory stays near the file's size.
 pub(crate) fn memory(edgellm: &Edgellm) -> Result<String> {
     let folder = repo::scratch("memory")?.join("q4g32a");
-    let compressed = edgellm.json(["compress", "-m", SMOLLM2, "--format", "q4g32a", "-o", arg(&folder)?, "--force"])?;
+    let compress =
+        ["compress", "-m", SMOLLM2, "--format", "q4g32a", "--compressor", "rtn", "-o", arg(&folder)?, "--force"];
+    let compressed = edgellm.json(compress)?;
     let mut lines = Vec::new();
     for (name, model, size) in [
         ("GGUF", SMOLLM2, number(&compressed, "bytes_before")?),

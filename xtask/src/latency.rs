@@ -55,7 +55,9 @@ impl CheckLatency {
             Some(path) => path.clone(),
             None => {
                 let path = folder.join("measurement.json");
-                let options = ["--bits", "2,3,4,5,6,8", "--group-size", "32", "--tokens", "256"];
+                // Times do not depend on the codes: the quickest compressor, and little text.
+                let options =
+                    ["--compressor", "rtn", "--group-size", "32", "--compare-windows", "1", "--compare-context", "32"];
                 edgellm.json(["measure", "-m", &self.model, "-o", arg(&path)?].into_iter().chain(options))?;
                 path
             }
@@ -112,7 +114,7 @@ impl Check<'_> {
         let (policy, small) = (folder.join("policy.toml"), folder.join("model"));
         let predicted = self.plan(threads, ["--target-ms", &target.to_string()], &policy)?;
         let compress = ["compress", "-m", self.model, "--policy", arg(&policy)?, "-o", arg(&small)?, "--force"];
-        self.edgellm.json(compress)?;
+        self.edgellm.json(compress.into_iter().chain(["--compressor", "rtn"]))?;
         let (threads, tokens) = (threads.to_string(), TOKENS.to_string());
         let tests = ["-p", "0", "-n", &tokens, "--tune", "0", "-r", "7", "-t", &threads];
         let bench = self.edgellm.json(["bench", "-m", arg(&small)?].into_iter().chain(tests))?;

@@ -29,7 +29,7 @@ fn usage_errors_exit_with_2() {
         ("run -m model -p x --device toaster", "expected auto, flex"),
         ("run -m model -p x --threads 0", "--threads"),
         ("measure -m model -o m.json --bits 7", "bit width"),
-        ("measure -m model -o m.json --tokens 0", "--tokens"),
+        ("measure -m model -o m.json --calibrate-windows 0", "--calibrate-windows"),
         ("measure -m model -o m.json --granularity tensor", "expected block or linear"),
         ("measure -m model -o none/m.json", "the folder none does not exist"),
         ("plan --measurement m.json -o p.toml", "required"),
@@ -253,20 +253,27 @@ fn a_killed_run_leaves_the_old_adapter() {
 
 #[test]
 #[cfg(unix)]
-fn ctrl_c_in_a_measurement_writes_nothing() {
+fn a_measurement_that_was_stopped_or_killed_goes_on() {
     let b = Bench::new();
-    let args = ["measure", "-m", "model", "-o", "m.json", "--granularity", "linear", "--text", "text.txt"];
-    let mut child = b.command(args).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = std::io::BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    // The first line of progress: the handler is there and the work has begun.
-    while !line.starts_with("measure: ") {
-        line.clear();
-        assert!(std::io::BufRead::read_line(&mut stderr, &mut line).unwrap() > 0, "no progress");
+    let flags = "--granularity linear --bits 2,4 --text text.txt --calibrate-context 128 --calibrate-windows 8";
+    b.ok(&format!("measure -m model -o whole.json {flags}"));
+    for (name, code) in [("-INT", Some(130)), ("-KILL", None)] {
+        let command = format!("measure -m model -o m.json {flags}");
+        let mut child = b.command(command.split(' ')).stderr(Stdio::null()).spawn().unwrap();
+        while !b.path("m.json.partial").exists() {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before it was stopped");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        signal(&child, name);
+        assert_eq!(child.wait().unwrap().code(), code);
+        assert!(!b.path("m.json").exists());
+        let said = b.command(command.split(' ')).output().unwrap();
+        assert!(String::from_utf8_lossy(&said.stderr).contains("going on after"), "{said:?}");
+        let read = |name: &str| std::fs::read(b.path(name)).unwrap();
+        assert_eq!(read("m.json"), read("whole.json"));
+        assert!(!b.path("m.json.partial").exists());
+        std::fs::remove_file(b.path("m.json")).unwrap();
     }
-    signal(&child, "-INT");
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert!(!b.path("m.json").exists());
     assert!(litter(&b.path("")).is_empty());
 }
 
@@ -327,7 +334,7 @@ fn a_full_or_read_only_disk_keeps_the_old_files() {
         "compress -m model --format q2g32a -o disk/small --force",
         "compress -m model --format q2g32a -o disk/other",
         "adapt -m model --data train.jsonl -o disk/adapter --steps 2 --exits 2 --batch 1 --force",
-        "measure -m model -o disk/m.json --bits 4 --group-size 32 --tokens 32",
+        "measure -m model -o disk/m.json --bits 4 --group-size 32 --calibrate-windows 1 --calibrate-context 32",
     ] {
         let errors = b.fails(line, 1);
         assert!(errors.contains("Read-only file system"), "`{line}` said: {errors}");

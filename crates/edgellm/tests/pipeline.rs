@@ -20,7 +20,7 @@ fn from_a_model_to_a_smaller_one_that_was_tuned() {
     assert_eq!((&whole["kind"], &whole["n_layers"]), (&"model".into(), &4.into()));
     assert_eq!(number(&whole, "bits_per_weight"), 32.0);
 
-    let measured = b.json("measure -m model -o m.json --bits 2,4,8 --group-size 32 --text text.txt --tokens 128");
+    let measured = b.json("measure -m model -o m.json --bits 2,4,8 --group-size 32 --text text.txt --calibrate-windows 1 --calibrate-context 128");
     assert_eq!((number(&measured, "units"), number(&measured, "tokens")), (5.0, 128.0));
     let plan = b.json("plan --measurement m.json --target-bpw 5.5 -o p.toml");
     assert!(number(&plan, "bits_per_weight") <= 5.5);
@@ -86,7 +86,7 @@ fn from_a_model_to_a_smaller_one_that_was_tuned() {
 #[test]
 fn every_solver_and_granularity() {
     let b = Bench::new();
-    b.ok("measure -m model -o m.json --granularity linear --bits 3,4,8 --group-size 32 --sparsity 0.5 --tokens 64");
+    b.ok("measure -m model -o m.json --granularity linear --bits 3,4,8 --group-size 32 --sparsity 0.5 --calibrate-windows 1 --calibrate-context 64");
     let names = b.json("inspect m.json");
     assert_eq!(names["kind"], "measurement");
     let uniform = b.json("plan --measurement m.json --solver uniform --bits 4 -o u.toml");

@@ -237,7 +237,7 @@ fn measurements_of_another_model_are_refused() {
 #[test]
 fn a_compressed_model_shows_its_policy() {
     let b = Bench::new();
-    b.ok("measure -m model -o m.json --bits 2,4 --group-size 32 --tokens 64");
+    b.ok("measure -m model -o m.json --bits 2,4 --group-size 32 --scales f16 --compressor rtn --calibrate-windows 1 --calibrate-context 64");
     b.ok("plan --measurement m.json --target-bpw 4.5 -o p.toml");
     b.ok("compress -m model --policy p.toml -o small");
     let text = b.ok("inspect small --chart c.svg");

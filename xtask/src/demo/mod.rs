@@ -47,8 +47,8 @@ struct Settings {
     title: String,
     pull: bool,
     target_bpw: &'static str,
-    calibration_tokens: &'static str,
-    group_sizes: &'static str,
+    /// What `measure` is told of the calibration text and of the formats.
+    measure: &'static [&'static str],
     context: &'static str,
     windows: &'static str,
     /// Of the tuning: steps, longest example, window in blocks, learning rate.
@@ -69,8 +69,7 @@ impl Settings {
             title: "the tiny model of fixtures/".to_owned(),
             pull: false,
             target_bpw: "3.0",
-            calibration_tokens: "2048",
-            group_sizes: "32,64,128",
+            measure: &["--calibrate-context", "256", "--group-size", "32,64"],
             context: "256",
             windows: "24",
             steps: "800",
@@ -88,8 +87,19 @@ impl Settings {
             title: name.to_owned(),
             pull: true,
             target_bpw: "4.8",
-            calibration_tokens: "512",
-            group_sizes: "32,64",
+            // Few tokens: a first impression in about a minute.
+            measure: &[
+                "--calibrate-windows",
+                "8",
+                "--calibrate-context",
+                "256",
+                "--compare-windows",
+                "2",
+                "--compare-context",
+                "64",
+                "--group-size",
+                "32",
+            ],
             context: "256",
             windows: "4",
             steps: "140",
@@ -200,10 +210,8 @@ impl<'a> Stages<'a> {
     fn plan(&mut self) -> Result<Vec<Unit>> {
         self.stage("measure: how much each layer suffers from each width", |s| {
             let (out, calibration) = (s.path("measurement.json")?, s.fixture("text/calibration.txt")?);
-            let tokens = s.settings.calibration_tokens;
-            let model = &s.settings.model;
-            let args = ["measure", "-m", model, "-o", &out, "--text", &calibration, "--tokens", tokens];
-            s.edgellm.json(args.into_iter().chain(["--group-size", s.settings.group_sizes]))
+            let args = ["measure", "-m", &s.settings.model, "-o", &out, "--calibrate", &calibration];
+            s.edgellm.json(args.into_iter().chain(s.settings.measure.iter().copied()))
         })?;
         self.stage("plan: the widths that cost least for the size", |s| {
             let (measurement, out) = (s.path("measurement.json")?, s.path("policy.toml")?);
@@ -217,8 +225,10 @@ impl<'a> Stages<'a> {
 
     fn compress(&mut self) -> Result<(f64, f64)> {
         self.stage("compress: write the smaller model", |s| {
-            let (policy, out) = (s.path("policy.toml")?, s.path("compressed")?);
-            let json = s.edgellm.json(["compress", "-m", &s.settings.model, "--policy", &policy, "-o", &out])?;
+            let (policy, out, text) =
+                (s.path("policy.toml")?, s.path("compressed")?, s.fixture("text/calibration.txt")?);
+            let args = ["compress", "-m", &s.settings.model, "--policy", &policy, "-o", &out, "--calibrate", &text];
+            let json = s.edgellm.json(args.into_iter().chain(["--calibrate-context", "256"]))?;
             Ok((number(&json, "bytes_before")?, number(&json, "bytes_after")?))
         })
     }

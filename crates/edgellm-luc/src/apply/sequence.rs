@@ -42,7 +42,6 @@ impl<'a> Sequence<'a> {
         if !compressor.needs_inputs() {
             return Ok((sequence, compressor.compress(&values, rows, cols, &format, None)?));
         }
-        let states = States::embed(decoder, calibration)?;
         // The head sees fewer columns than most matrices: some windows tell enough of them.
         let some: Vec<Vec<u32>> = calibration.iter().step_by(4).cloned().collect();
         let mut last = States::embed(decoder, &some)?;
