@@ -254,3 +254,27 @@ fn a_compressed_model_shows_its_policy() {
     assert!(b.ok("inspect pruned").contains("50%"));
     assert_eq!(b.json("inspect pruned")["units"][1]["sparsity"], 0.5);
 }
+
+#[test]
+fn a_search_keeps_the_budget_and_beats_or_equals_its_start() {
+    let b = Bench::new();
+    let text = "--calibrate text.txt --calibrate-windows 4 --calibrate-context 64";
+    b.ok(&format!("measure -m model -o m.json --bits 2,3,4,8 --group-size 32 {text}"));
+    let search = format!("search -m model --measurement m.json --candidates 30 {text}");
+    let found = b.json(&format!("{search} --target-bpw 4 -o s.toml"));
+    assert!(number(&found, "kl") <= number(&found, "kl_before") && number(&found, "bits_per_weight") <= 4.0, "{found}");
+    assert_eq!(number(&found, "candidates"), 30.0);
+    b.ok("compress -m model --policy s.toml -o small");
+    assert_eq!(b.json("inspect small")["policy"]["solver"], "search");
+    assert!(b.fails(&format!("{search} --target-bpw 1 -o t.toml"), 1).contains("bits per weight"));
+    b.fails(&format!("{search} --target-bpw 0 -o t.toml"), 2);
+    b.fails(&format!("{search} -o t.toml"), 2);
+    let other = std::fs::read_to_string(b.path("m.json")).unwrap();
+    let at = other.find("\"model_digest\"").unwrap() + 20;
+    let mut changed = other.clone().into_bytes();
+    changed[at] = if changed[at] == b'0' { b'1' } else { b'0' };
+    std::fs::write(b.path("other.json"), changed).unwrap();
+    let other = "search -m model --measurement other.json --target-bpw 4 -o t.toml";
+    assert!(b.fails(other, 1).contains("digest"));
+    assert!(!b.path("t.toml").exists());
+}

@@ -2,6 +2,7 @@
 
 pub(crate) mod llama;
 pub(crate) mod peft;
+pub(crate) mod policies;
 
 use std::path::Path;
 
