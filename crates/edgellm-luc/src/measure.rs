@@ -173,7 +173,7 @@ impl Run<'_> {
         for values in [&mut local, &mut kl] {
             for (value, option) in values.iter_mut().zip(self.trials.options) {
                 // Divergences are sums of differences: rounding may leave a little less than nothing.
-                *value = rounded(if *value > -1e-9 { value.max(0.0) } else { *value });
+                *value = rounded(if *value > -1e-6 { value.max(0.0) } else { *value });
                 if !value.is_finite() || *value < 0.0 {
                     let (unit, format) = (unit.to_string(), option.to_string());
                     return Err(LucError::NotFinite { unit, format, value: *value });

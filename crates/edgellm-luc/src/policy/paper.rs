@@ -12,7 +12,7 @@
 
 use edgellm_model::ModelError;
 use edgellm_model::traits::PolicySolver;
-use edgellm_model::values::{Budget, CompressionPolicy, LayerFormat, Measurement, Unit, UnitMeasurement};
+use edgellm_model::values::{Budget, CompressionPolicy, LayerFormat, Measurement, Scales, Unit, UnitMeasurement};
 
 use super::costs::{Costs, DecodeDevice};
 use super::{Sensitivity, check, no_budget, policy};
@@ -137,14 +137,15 @@ impl Paper<'_> {
     }
 }
 
-/// Prunes only where there is something to prune: a dense unit keeps its asymmetric codes.
+/// Prunes only where there is something to prune: a dense unit keeps its asymmetric codes and its scales, which sparse
+/// formats have in f16 only.
 trait WithSparsityIf {
     fn with_sparsity_if(self, sparsity: f64) -> Self;
 }
 
 impl WithSparsityIf for LayerFormat {
     fn with_sparsity_if(self, sparsity: f64) -> Self {
-        if sparsity > 0.0 { self.with_sparsity(sparsity) } else { self }
+        if sparsity > 0.0 { self.with_scales(Scales::F16).with_sparsity(sparsity) } else { self }
     }
 }
 

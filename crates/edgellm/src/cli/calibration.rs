@@ -17,16 +17,16 @@ pub(super) const BUILT_IN_TEXT: &str = include_str!("../../../../fixtures/text/c
 #[derive(Args)]
 pub(crate) struct CalibrationArgs {
     /// Text to calibrate on, or examples (.jsonl, .csv) (default: a short built-in English text)
-    #[arg(long = "calibrate", visible_alias = "text", value_name = "FILE")]
+    #[arg(id = "calibrate", long = "calibrate", visible_alias = "text", value_name = "FILE")]
     file: Option<PathBuf>,
     /// Windows of the text
-    #[arg(long = "calibrate-windows", default_value_t = 64, value_name = "N")]
+    #[arg(id = "calibrate-windows", long = "calibrate-windows", default_value_t = 64, value_name = "N")]
     windows: usize,
     /// Tokens of a window
-    #[arg(long = "calibrate-context", default_value_t = 512, value_name = "N")]
+    #[arg(id = "calibrate-context", long = "calibrate-context", default_value_t = 512, value_name = "N")]
     context: usize,
     /// Which windows of a longer text are taken: 0 for evenly spaced ones, else a seed
-    #[arg(long = "calibrate-seed", default_value_t = 0, value_name = "SEED")]
+    #[arg(id = "calibrate-seed", long = "calibrate-seed", default_value_t = 0, value_name = "SEED")]
     seed: u64,
     #[command(flatten)]
     data: DataArgs,
