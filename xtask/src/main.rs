@@ -5,18 +5,25 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "tasks talk to a person")]
 
+mod android;
 mod architecture;
+mod binary;
 mod checks;
 mod compare;
 mod cross;
 mod demo;
+mod doctor;
 mod edgellm;
 mod fixture;
 mod golden;
+mod ios;
+mod jetson;
+mod package;
 mod python;
 mod repo;
 mod suite;
 mod synth_model;
+mod toolchain;
 mod train_fixture;
 
 use std::process::ExitCode;
@@ -46,6 +53,10 @@ enum Task {
     CheckPeft(checks::CheckPeft),
     CheckLoraGguf(checks::CheckLoraGguf),
     ArchCheck(architecture::ArchCheck),
+    BuildAndroid(android::BuildAndroid),
+    BuildIos(ios::BuildIos),
+    BuildJetson(jetson::BuildJetson),
+    Doctor(doctor::Doctor),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +74,10 @@ fn main() -> ExitCode {
         Task::CheckPeft(task) => task.run(),
         Task::CheckLoraGguf(task) => task.run(),
         Task::ArchCheck(task) => task.run(),
+        Task::BuildAndroid(task) => task.run(),
+        Task::BuildIos(task) => task.run(),
+        Task::BuildJetson(task) => task.run(),
+        Task::Doctor(task) => task.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -71,4 +86,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Ends the program as one whose command line cannot be meant.
+fn usage(error: &anyhow::Error) -> ! {
+    eprintln!("error: {error:#}");
+    std::process::exit(2)
 }
