@@ -12,7 +12,7 @@ use crate::repo;
 
 const TARGET: &str = "aarch64-unknown-linux-gnu";
 const LINKER: &str = "aarch64-linux-gnu-gcc";
-const EMULATOR: &str = "qemu-aarch64-static";
+pub(crate) const EMULATOR: &str = "qemu-aarch64-static";
 /// qemu 7.2 hangs when a dynamically linked program starts a thread; what is tested is the same either way.
 const STATIC: &str = "-C target-feature=+crt-static";
 /// Seconds that one emulated test program may take.
