@@ -10,7 +10,7 @@ use xshell::{Cmd, Shell, cmd};
 use crate::edgellm::{Edgellm, arg, number};
 use crate::repo;
 
-const TARGET: &str = "aarch64-unknown-linux-gnu";
+pub(crate) const TARGET: &str = "aarch64-unknown-linux-gnu";
 const LINKER: &str = "aarch64-linux-gnu-gcc";
 pub(crate) const EMULATOR: &str = "qemu-aarch64-static";
 /// qemu 7.2 hangs when a dynamically linked program starts a thread; what is tested is the same either way.
@@ -53,8 +53,7 @@ pub(crate) fn kernel_tests(cpu: &str, best: &str) -> Result<String> {
         cmd!(shell, "timeout {LIMIT} {EMULATOR} -cpu {cpu} -L {SYSROOT} {program}").quiet().run()?;
     }
     // The suites pass whatever is present, so that what ran must be read off.
-    let suites = kernels.iter().find(|(_, program)| program.to_string_lossy().contains("conformance"));
-    let (_, suites) = suites.context("the kernels have no conformance tests")?;
+    let suites = conformance_in(&programs)?;
     let ran = cmd!(shell, "timeout {LIMIT} {EMULATOR} -cpu {cpu} -L {SYSROOT} {suites} --nocapture swiglu");
     let ran = ran.quiet().ignore_stdout().read_stderr()?;
     ensure!(ran.contains(&format!("flex ({best}) ran, ndarray")), "{best} is not the best that ran on {cpu}: {ran}");
@@ -91,9 +90,22 @@ fn cargo<'a>(shell: &'a Shell, task: &str) -> Result<Cmd<'a>> {
 }
 
 /// The command's binary, built where it is not up to date.
-fn binary() -> Result<PathBuf> {
+pub(crate) fn binary() -> Result<PathBuf> {
     cargo(&repo::shell()?, "build")?.arg("--quiet").run()?;
     Ok(repo::target()?.join("cross").join(TARGET).join("release/edgellm"))
+}
+
+/// The kernels' conformance tests, built where they are not up to date.
+pub(crate) fn conformance() -> Result<PathBuf> {
+    conformance_in(&test_programs()?).map(Path::to_owned)
+}
+
+fn conformance_in(programs: &[(String, PathBuf)]) -> Result<&Path> {
+    let suites = |(package, program): &&(String, PathBuf)| {
+        package.contains("edgellm-kernels") && program.to_string_lossy().contains("conformance")
+    };
+    let found = programs.iter().find(suites).context("the kernels have no conformance tests")?;
+    Ok(&found.1)
 }
 
 /// The test programs with their packages, built where they are not up to date.

@@ -88,6 +88,9 @@ impl BuildAndroid {
         println!("  {}: {mb:.1} MB, {} byte pages, needs {}", library.display(), elf.page, elf.needed.join(" "));
         let command = place(&strip, &build.binary("edgellm")?, &out.join("bin").join(abi.name), "edgellm")?;
         println!("  {}: {:.1} MB", command.display(), check(abi, &command)?.bytes as f64 / 1e6);
+        // What `cargo xtask bench-device` runs first.
+        let suites = build.test_program("edgellm-kernels", "conformance")?;
+        place(&strip, &suites, &out.join("bin").join(abi.name), "conformance")?;
         Ok(library)
     }
 

@@ -152,7 +152,7 @@ pub(super) mod tests {
         let ndk = Ndk::find(Some(folder.path())).unwrap();
         assert_eq!(ndk.version, "28.2.13676358");
         let abi = Abi::find("arm64-v8a").unwrap();
-        let build = || Build::with(Toolchain::debian(), abi.target, Profile::Dist);
+        let build = || Build::with(Toolchain::find(crate::toolchain::HOST).unwrap(), abi.target, Profile::Dist);
         let configured = ndk.configure(build(), abi, 26).unwrap();
         let (options, variables) = configured.settings();
         let of = |name: &str| variables.iter().find(|(k, _)| k == name).unwrap().1.clone();

@@ -13,14 +13,16 @@ use std::time::{Duration, Instant};
 pub(super) enum Failure {
     /// It is not there, or not usable from here.
     NotRun(String),
-    /// It was there, and something went wrong.
+    /// It was there, and cannot go on: gone, full, or silent for too long.
+    Lost(String),
+    /// A program on it failed.
     Failed(String),
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotRun(reason) | Self::Failed(reason) => f.write_str(reason),
+            Self::NotRun(reason) | Self::Lost(reason) | Self::Failed(reason) => f.write_str(reason),
         }
     }
 }
@@ -60,7 +62,7 @@ pub(super) fn run(mut command: Command, input: Option<&Path>, limit: Duration) -
     let (out, err) = (drain(child.stdout.take()), drain(child.stderr.take()));
     let status = wait(&mut child, limit).map_err(failed)?;
     let Some(status) = status else {
-        return Err(Failure::Failed(format!("{program} gave no result within {:.0} s", limit.as_secs_f64())));
+        return Err(Failure::Lost(format!("{program} gave no result within {:.0} s", limit.as_secs_f64())));
     };
     let text = |thread: thread::JoinHandle<Vec<u8>>| {
         String::from_utf8_lossy(&thread.join().unwrap_or_default()).into_owned()
@@ -69,7 +71,7 @@ pub(super) fn run(mut command: Command, input: Option<&Path>, limit: Duration) -
     if status.success() {
         return Ok(out);
     }
-    Err(Failure::Failed(explain(&program, &status.to_string(), status.code(), &err, &out)))
+    Err(explain(&program, &status.to_string(), status.code(), &err, &out))
 }
 
 /// Reads a stream to its end beside the others.
@@ -100,22 +102,22 @@ fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<std::process::E
     }
 }
 
-fn explain(program: &str, status: &str, code: Option<i32>, err: &str, out: &str) -> String {
+fn explain(program: &str, status: &str, code: Option<i32>, err: &str, out: &str) -> Failure {
     let lines = || err.lines().chain(out.lines()).map(str::trim).filter(|l| !l.is_empty());
     let has = |phrase: &str| lines().find(|l| l.to_lowercase().contains(phrase));
     let last = lines().find(|l| l.starts_with("error")).or_else(|| err.lines().rfind(|l| !l.trim().is_empty()));
     let last = last.or_else(|| lines().last()).unwrap_or("it said nothing");
     if let Some(line) = has("no space left").or_else(|| has("not enough space")) {
-        return format!("no space left on the device ({line})");
+        return Failure::Lost(format!("no space left on the device ({line})"));
     }
     if let Some(line) = GONE.iter().find_map(|phrase| has(phrase)) {
-        return format!("the device is gone ({line})");
+        return Failure::Lost(format!("the device is gone ({line})"));
     }
     // 255 is ssh's own; other codes are those of the program at the other end.
     if program == "ssh" && code == Some(255) {
-        return format!("no connection ({last})");
+        return Failure::Lost(format!("no connection ({last})"));
     }
-    format!("{status}: {last}")
+    Failure::Failed(format!("{status}: {last}"))
 }
 
 #[cfg(test)]

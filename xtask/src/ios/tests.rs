@@ -12,10 +12,10 @@ fn the_framework_names_what_is_in_it() {
     let (swift, out) = (folder.path().join("swift"), folder.path().join("out"));
     fs::create_dir_all(&swift).unwrap();
     fs::create_dir_all(&out).unwrap();
-    fs::write(swift.join("edgellm_ffiFFI.h"), "#pragma once\n").unwrap();
-    fs::write(swift.join("edgellm_ffiFFI.modulemap"), "module edgellm_ffiFFI { header \"edgellm_ffiFFI.h\" }\n")
+    fs::write(swift.join("EdgeLLMFFI.h"), "#pragma once\n").unwrap();
+    fs::write(swift.join("EdgeLLMFFI.modulemap"), "module EdgeLLMFFI { header \"EdgeLLMFFI.h\" }\n")
         .unwrap();
-    fs::write(swift.join("edgellm_ffi.swift"), "import edgellm_ffiFFI\n").unwrap();
+    fs::write(swift.join("EdgeLLM.swift"), "import EdgeLLMFFI\n").unwrap();
     let library = folder.path().join("stand-in.a");
     fs::write(&library, "stand-in").unwrap();
     let built = [(&DEVICE, library.clone()), (&SIMULATOR, library)];
@@ -35,8 +35,8 @@ fn the_framework_names_what_is_in_it() {
         let slice = framework.join(text("LibraryIdentifier"));
         assert_eq!(fs::read(slice.join(text("LibraryPath"))).unwrap(), b"stand-in");
         let headers = slice.join(text("HeadersPath"));
-        assert!(headers.join("edgellm_ffiFFI.h").is_file());
-        assert!(fs::read_to_string(headers.join("module.modulemap")).unwrap().contains("module edgellm_ffiFFI"));
+        assert!(headers.join("EdgeLLMFFI.h").is_file());
+        assert!(fs::read_to_string(headers.join("module.modulemap")).unwrap().contains("module EdgeLLMFFI"));
         assert_eq!(text("SupportedPlatform"), "ios");
         assert_eq!(library["SupportedArchitectures"].as_array().unwrap()[0].as_string(), Some("arm64"));
         assert_eq!(library.get("SupportedPlatformVariant").map(|v| v.as_string().unwrap()), variant);
@@ -44,10 +44,10 @@ fn the_framework_names_what_is_in_it() {
     let manifest = fs::read_to_string(out.join("Package.swift")).unwrap();
     assert!(manifest.starts_with("// swift-tools-version:"), "Swift reads the first line");
     assert!(
-        manifest.contains(".binaryTarget(name: \"edgellm_ffiFFI\", path: \"EdgeLLMFFI.xcframework\")"),
+        manifest.contains(".binaryTarget(name: \"EdgeLLMFFI\", path: \"EdgeLLMFFI.xcframework\")"),
         "{manifest}"
     );
-    assert!(out.join("Sources/EdgeLLM/edgellm_ffi.swift").is_file());
+    assert!(out.join("Sources/EdgeLLM/EdgeLLM.swift").is_file());
 }
 
 #[test]

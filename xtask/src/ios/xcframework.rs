@@ -11,8 +11,8 @@ use super::Slice;
 
 /// The static library's name in every slice.
 pub(super) const LIBRARY: &str = "libedgellm_ffi.a";
-/// The module in which Swift finds the C functions; uniffi derives it from the library's name.
-pub(super) const MODULE: &str = "edgellm_ffiFFI";
+/// The module in which Swift finds the C functions, as crates/edgellm-ffi/uniffi.toml names it.
+pub(super) const MODULE: &str = "EdgeLLMFFI";
 
 /// Assembles the framework from the slices' libraries and the headers; replaces an older one.
 pub(super) fn write(path: &Path, slices: &[(&Slice, PathBuf)], headers: &[PathBuf]) -> Result<()> {

@@ -17,7 +17,7 @@ use crate::package::{Control, Entry, c_header, tar_gz, write_deb};
 use crate::repo;
 use crate::toolchain::{Build, HOST, Profile, has_program};
 
-pub(crate) const TARGET: &str = "aarch64-unknown-linux-gnu";
+pub(crate) use crate::cross::TARGET;
 pub(crate) const LINKER: &str = "aarch64-linux-gnu-gcc";
 const LIBRARY: &str = "libedgellm_ffi.so";
 /// What JetPack 6 has.

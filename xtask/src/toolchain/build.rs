@@ -98,7 +98,7 @@ impl<'a> Build<'a> {
 
     /// Builds one test program of a package without running it.
     pub(crate) fn test_program(&self, package: &str, test: &str) -> Result<PathBuf> {
-        let messages = self.messages(&["test", "-p", package, "--test", test, "--no-run"])?;
+        let messages = self.messages(&["rustc", "-p", package, "--test", test])?;
         let path = messages.iter().rev().find_map(|m| m["executable"].as_str());
         path.map(PathBuf::from).with_context(|| format!("cargo built no test {test} for {}", self.target))
     }

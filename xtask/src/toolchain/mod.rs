@@ -52,7 +52,7 @@ impl Toolchain {
     }
 
     /// Debian's, with the target's own standard library.
-    pub(crate) fn debian() -> Self {
+    fn debian() -> Self {
         Self { cargo: DEBIAN_CARGO.into(), rustc: Some(DEBIAN_RUSTC.into()), build_std: false, folder: "cross" }
     }
 
