@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "tasks talk to a person")]
 
 mod architecture;
+mod bindings;
 mod checks;
 mod compare;
 mod cross;
@@ -35,6 +36,7 @@ struct Cli {
 enum Task {
     Demo(demo::Demo),
     Test(suite::Test),
+    Bindings(bindings::Bindings),
     FixtureText(fixture::FixtureText),
     TrainFixture(train_fixture::TrainFixture),
     SynthModel(synth_model::SynthModel),
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Demo(task) => task.run(),
         Task::Test(task) => task.run(),
+        Task::Bindings(task) => task.run(),
         Task::FixtureText(task) => task.run(),
         Task::TrainFixture(task) => task.run(),
         Task::SynthModel(task) => task.run(),
