@@ -2,6 +2,7 @@
 //! it. The generator (crates/edgellm-ffi/bindgen) reads the built library.
 
 mod check;
+pub(crate) mod kotlinc;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ pub(crate) struct Bindings {
     /// Languages.
     #[arg(long, value_delimiter = ',', value_name = "LIST", default_value = "kotlin,swift,python,c")]
     lang: Vec<Language>,
-    /// Where to write them: a folder for each language.
+    /// Where to write them: one language into this folder, several into a folder for each in it.
     #[arg(long, value_name = "DIR", default_value = "dist/bindings")]
     out: PathBuf,
 }
@@ -52,14 +53,16 @@ impl Bindings {
     pub(crate) fn run(&self) -> Result<()> {
         let library = library("release")?;
         let out = repo::root()?.join(&self.out);
-        for file in generate(&library, &self.lang, &out)? {
-            println!("{}", file.display());
-        }
-        // Python and C load the library of this machine; apps bring their own.
-        for language in self.lang.iter().filter(|l| [Language::Python, Language::C].contains(l)) {
-            let file = out.join(language.name()).join(library_name());
-            fs::copy(&library, &file).with_context(|| format!("cannot write {}", file.display()))?;
-            println!("{}", file.display());
+        for &language in &self.lang {
+            let folder = if self.lang.len() == 1 { out.clone() } else { out.join(language.name()) };
+            let mut files = generate(&library, language, &folder)?;
+            // Python and C load the library of this machine; apps bring their own.
+            if [Language::Python, Language::C].contains(&language) {
+                let file = folder.join(library_name());
+                fs::copy(&library, &file).with_context(|| format!("cannot write {}", file.display()))?;
+                files.push(file);
+            }
+            files.iter().for_each(|file| println!("{}", file.display()));
         }
         Ok(())
     }
@@ -73,40 +76,32 @@ pub(crate) fn library_name() -> String {
 /// The shared library for this machine, built with a profile: `release` or `dist`.
 pub(crate) fn library(profile: &str) -> Result<PathBuf> {
     let shell = repo::shell()?;
-    cmd!(shell, "cargo build --quiet --profile {profile} -p edgellm-ffi").quiet().run()?;
+    cmd!(shell, "cargo build --quiet --profile {profile} -p edgellm-ffi --lib").quiet().run()?;
     Ok(repo::target()?.join(profile).join(library_name()))
 }
 
-/// Writes the bindings of a built library (of any target whose symbols are there), a folder for each language; returns the
-/// files.
-pub(crate) fn generate(library: &Path, languages: &[Language], out: &Path) -> Result<Vec<PathBuf>> {
-    let root = repo::root()?.join(FFI);
-    let mut files = Vec::new();
-    for &language in languages {
-        let folder = out.join(language.name());
-        if folder.exists() {
-            fs::remove_dir_all(&folder).with_context(|| format!("cannot replace {}", folder.display()))?;
-        }
-        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        if language == Language::C {
-            fs::copy(root.join("include/edgellm.h"), folder.join("edgellm.h"))?;
-        } else {
-            let (shell, generator, name) = (repo::shell()?, generator()?, language.name());
-            let config = root.join("uniffi.toml");
-            cmd!(
-                shell,
-                "{generator} generate --no-format --language {name} --config {config} --out-dir {folder} {library}"
-            )
-            .quiet()
-            .run()?;
-        }
-        let found = files_below(&folder)?;
-        if found.is_empty() {
-            bail!("the generator wrote nothing for {}", language.name());
-        }
-        files.extend(found);
+/// Writes the bindings of a built library, of any target, into a folder; returns the files.
+pub(crate) fn generate(library: &Path, language: Language, folder: &Path) -> Result<Vec<PathBuf>> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    if language == Language::C {
+        let (header, copy) = (repo::root()?.join(FFI).join("include/edgellm.h"), folder.join("edgellm.h"));
+        fs::copy(&header, &copy).with_context(|| format!("cannot write {}", copy.display()))?;
+        return Ok(vec![copy]);
     }
-    Ok(files)
+    let (shell, generator, name) = (repo::shell()?, generator()?, language.name());
+    // It finds the crate's uniffi.toml by itself.
+    let arguments = ["generate", "--no-format", "--language", name, "--out-dir"];
+    cmd!(shell, "{generator} {arguments...} {folder} {library}").quiet().ignore_stdout().run()?;
+    let files = match language {
+        Language::Kotlin => &["org/edgellm/edgellm.kt"][..],
+        Language::Swift => &["EdgeLLM.swift", "EdgeLLMFFI.h", "EdgeLLMFFI.modulemap"],
+        Language::Python | Language::C => &["edgellm.py"],
+    };
+    let files: Vec<PathBuf> = files.iter().map(|file| folder.join(file)).collect();
+    match files.iter().find(|file| !file.is_file()) {
+        Some(missing) => bail!("the generator wrote no {}", missing.display()),
+        None => Ok(files),
+    }
 }
 
 /// The generator, built where it is not up to date: a workspace of its own, so that nothing of it goes into the library.
@@ -115,15 +110,4 @@ fn generator() -> Result<PathBuf> {
     let manifest = Path::new(FFI).join("bindgen/Cargo.toml");
     cmd!(shell, "cargo build --quiet --locked --manifest-path {manifest} --target-dir {folder}").quiet().run()?;
     Ok(folder.join("debug").join(format!("uniffi-bindgen{}", std::env::consts::EXE_SUFFIX)))
-}
-
-/// The files in a folder and the folders in it, in order.
-fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
-        let path = entry?.path();
-        if path.is_dir() { files.extend(files_below(&path)?) } else { files.push(path) }
-    }
-    files.sort();
-    Ok(files)
 }

@@ -8,14 +8,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use xshell::cmd;
 
-use super::{FFI, Language, generate, library, library_name};
+use super::{FFI, Language, generate, kotlinc, library, library_name};
 use crate::repo;
 use crate::suite::Outcome;
 
-/// What npm gives as Kotlin's compiler: Debian's is too old for the bindings.
-const KOTLIN: &str = "kotlin-compiler@2.4.20";
-/// JNA, which the Kotlin bindings call the library through: Debian's libjna-java.
-const JNA: &str = "/usr/share/java/jna.jar";
 /// Milliseconds from the start of a program to the first token of the fixture.
 const COLD_START_MS: f64 = 150.0;
 /// Bytes of the stripped library without a GPU.
@@ -35,14 +31,9 @@ fn fixture() -> Result<PathBuf> {
 /// The bindings of one language, made from the release build.
 fn bindings(language: Language) -> Result<(PathBuf, PathBuf)> {
     let library = library("release")?;
-    let out = repo::scratch("bindings")?;
-    generate(&library, &[language], &out)?;
-    Ok((library, out.join(language.name())))
-}
-
-fn is_here(program: &str) -> bool {
-    repo::shell()
-        .is_ok_and(|shell| cmd!(shell, "which {program}").quiet().ignore_stdout().ignore_stderr().run().is_ok())
+    let folder = repo::scratch(&format!("bindings/{}", language.name()))?;
+    generate(&library, language, &folder)?;
+    Ok((library, folder))
 }
 
 /// Runs the cycle through the Python bindings.
@@ -57,66 +48,27 @@ pub(crate) fn python() -> Result<Outcome> {
 
 /// Compiles the Kotlin bindings and the cycle, and runs it on this machine's Java.
 pub(crate) fn kotlin() -> Result<Outcome> {
-    for (program, package) in [("java", "a Java runtime (Debian: default-jre-headless)"), ("npm", "npm")] {
-        if !is_here(program) {
-            return Ok(Outcome::NotRun(format!("no {package}")));
-        }
+    if let Some(missing) = kotlinc::missing() {
+        return Ok(Outcome::NotRun(missing));
     }
-    if !Path::new(JNA).exists() {
-        return Ok(Outcome::NotRun("no JNA (Debian: libjna-java)".to_owned()));
-    }
-    let compiler = kotlin_compiler()?;
     let (library, folder) = bindings(Language::Kotlin)?;
     let (shell, classes, cycle) = (repo::shell()?, repo::scratch("bindings/kotlin-classes")?, test_file("Cycle.kt")?);
-    let lib = compiler.join("lib");
-    let jars = ["kotlin-compiler.jar", "kotlin-stdlib.jar", "kotlin-script-runtime.jar", "kotlin-reflect.jar"];
-    let jars = jars.map(|jar| lib.join(jar).display().to_string()).into_iter().collect::<Vec<_>>();
-    // What the compiler is linked against lies beside it under names with versions.
-    let all = format!("{}:{}/*", jars.join(":"), lib.display());
-    cmd!(
-        shell,
-        "java -Xmx1g -cp {all} org.jetbrains.kotlin.cli.jvm.K2JVMCompiler -kotlin-home {compiler} -nowarn
-            -classpath {JNA} -d {classes} {folder} {cycle}"
-    )
-    .quiet()
-    .run()
-    .context("the Kotlin bindings do not compile")?;
+    kotlinc::compile(&[&folder, &cycle], &classes).context("the Kotlin bindings and their test do not compile")?;
     let (model, scratch) = (fixture()?, repo::scratch("bindings/run")?);
-    let stdlib = lib.join("kotlin-stdlib.jar").display().to_string();
-    let classpath = format!("{}:{JNA}:{stdlib}", classes.display());
+    let classpath = format!("{}:{}:{}", classes.display(), kotlinc::JNA, kotlinc::stdlib()?.display());
     let libraries = library.parent().context("a library lies in a folder")?;
     let ran = cmd!(shell, "java -cp {classpath} -Djna.library.path={libraries} CycleKt {model} {scratch}");
-    Ok(Outcome::Passed(format!("{} on the host's Java, {KOTLIN}", ran.quiet().read()?)))
-}
-
-/// Kotlin's compiler from npm, unpacked once.
-fn kotlin_compiler() -> Result<PathBuf> {
-    let (shell, folder) = (repo::shell()?, repo::scratch("kotlin")?);
-    let package = folder.join("package");
-    let stamp = folder.join("version");
-    if fs::read_to_string(&stamp).is_ok_and(|found| found == KOTLIN) {
-        return Ok(package);
-    }
-    let archive = cmd!(shell, "npm pack --silent --pack-destination {folder} {KOTLIN}").quiet().read()?;
-    let archive = folder.join(archive.lines().last().context("npm pack names no file")?.trim());
-    cmd!(shell, "tar -xzf {archive} -C {folder}").quiet().run()?;
-    fs::remove_file(&archive)?;
-    ensure!(package.join("lib/kotlin-compiler.jar").is_file(), "{KOTLIN} has no lib/kotlin-compiler.jar");
-    fs::write(&stamp, KOTLIN)?;
-    Ok(package)
+    Ok(Outcome::Passed(format!("{} on the host's Java, {}", ran.quiet().read()?, kotlinc::COMPILER)))
 }
 
 /// Generates the Swift bindings, and parses them where there is a compiler.
 pub(crate) fn swift() -> Result<Outcome> {
     let (_, folder) = bindings(Language::Swift)?;
-    for file in ["EdgeLLM.swift", "EdgeLLMFFI.h", "EdgeLLMFFI.modulemap"] {
-        ensure!(folder.join(file).is_file(), "the generator wrote no {file}");
-    }
     let source = fs::read_to_string(folder.join("EdgeLLM.swift"))?;
     for name in ["class Engine", "protocol TokenListener", "protocol ProgressListener", "func lastError() -> String?"] {
         ensure!(source.contains(name), "the Swift bindings lack `{name}`");
     }
-    if !is_here("swiftc") {
+    if !repo::has_program("swiftc") {
         return Ok(Outcome::NotRun("no Swift compiler; the bindings were generated, not compiled".to_owned()));
     }
     let (shell, file, map) = (repo::shell()?, folder.join("EdgeLLM.swift"), folder.join("EdgeLLMFFI.modulemap"));
@@ -140,7 +92,7 @@ fn c_program(library: &Path) -> Result<PathBuf> {
 
 /// Compiles and runs the cycle in C; the header declares what the library has, and nothing else.
 pub(crate) fn c() -> Result<Outcome> {
-    if !is_here("cc") {
+    if !repo::has_program("cc") {
         return Ok(Outcome::NotRun("no C compiler".to_owned()));
     }
     let library = library("release")?;
@@ -171,7 +123,7 @@ fn functions(header: &str) -> BTreeSet<String> {
 
 /// The time from the start of a program to the fixture's first token, in fresh processes.
 pub(crate) fn cold_start() -> Result<Outcome> {
-    if !is_here("cc") {
+    if !repo::has_program("cc") {
         return Ok(Outcome::NotRun("no C compiler".to_owned()));
     }
     let library = library("release")?;
