@@ -135,8 +135,11 @@ unsafe fn value<'a, T>(pointer: *const T) -> Option<&'a T> {
 /// # Safety
 /// The pointer is null or points to so many values of `T` that live and do not change as long as the result.
 unsafe fn array<'a, T>(pointer: *const T, len: usize) -> &'a [T] {
+    if pointer.is_null() || len == 0 {
+        return &[];
+    }
     // SAFETY: the caller's promise.
-    if pointer.is_null() || len == 0 { &[] } else { unsafe { std::slice::from_raw_parts(pointer, len) } }
+    unsafe { std::slice::from_raw_parts(pointer, len) }
 }
 
 /// A text of C; `None` for null.
@@ -200,12 +203,28 @@ fn unless_zero<T: Default + PartialEq>(value: T) -> Option<T> {
 /// # Safety
 /// As the header says of `edgellm_generate_options`.
 unsafe fn generate_options(options: *const CGenerateOptions) -> Result<GenerateOptions> {
-    // SAFETY: the caller's promise, here and below.
-    let Some(options) = (unsafe { value(options) }) else { return Ok(GenerateOptions::default()) };
-    let stop = unsafe { array(options.stop, options.n_stop) };
-    let &CGenerateOptions { max_tokens, temperature, top_k, top_p, seed, .. } = options;
-    let stop = stop.iter().map(|&stop| unsafe { text("stop", stop) }).collect::<Result<_>>()?;
-    Ok(GenerateOptions { max_tokens, temperature, top_k, top_p, seed, stop })
+    // SAFETY: the caller's promise.
+    unsafe {
+        let Some(options) = value(options) else { return Ok(GenerateOptions::default()) };
+        let &CGenerateOptions { max_tokens, temperature, top_k, top_p, seed, .. } = options;
+        let stop = array(options.stop, options.n_stop).iter().map(|&stop| text("stop", stop)).collect::<Result<_>>()?;
+        Ok(GenerateOptions { max_tokens, temperature, top_k, top_p, seed, stop })
+    }
+}
+
+/// # Safety
+/// As the header says of `edgellm_load_options`, or null.
+unsafe fn load_options(options: *const CLoadOptions) -> Result<LoadOptions> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let Some(options) = value(options) else { return Ok(LoadOptions::default()) };
+        Ok(LoadOptions {
+            memory_budget_bytes: unless_zero(options.memory_budget_bytes),
+            policy: optional_text("policy", options.policy)?,
+            threads: unless_zero(options.threads),
+            kernels: optional_text("kernels", options.kernels)?,
+        })
+    }
 }
 
 /// # Safety
@@ -221,28 +240,30 @@ unsafe fn adapt_options(options: *const CAdaptOptions) -> AdaptOptions {
 /// # Safety
 /// The pointer is null or points to so many messages, as the header says of them.
 unsafe fn messages(messages: *const CMessage, len: usize) -> Result<Vec<Message>> {
-    // SAFETY: the caller's promise, here and below.
-    let list = unsafe { array(messages, len) };
-    let one =
-        |m: &CMessage| unsafe { Ok(Message { role: text("role", m.role)?, content: text("content", m.content)? }) };
-    list.iter().map(one).collect()
+    // SAFETY: the caller's promise.
+    unsafe {
+        let one = |m: &CMessage| Ok(Message { role: text("role", m.role)?, content: text("content", m.content)? });
+        array(messages, len).iter().map(one).collect()
+    }
 }
 
 /// # Safety
 /// The pointer is null or points to so many examples, as the header says of them.
 unsafe fn examples(examples: *const CExample, len: usize) -> Result<Vec<Example>> {
-    // SAFETY: the caller's promise, here and below.
-    let one = |example: &CExample| unsafe {
-        if example.n_messages > 0 {
-            return Ok(Example::Chat { messages: messages(example.messages, example.n_messages)? });
-        }
-        let response = text("response", example.response)?;
-        Ok(match optional_text("prompt", example.prompt)? {
-            Some(prompt) => Example::Pair { prompt, response },
-            None => Example::Text { text: response },
-        })
-    };
-    unsafe { array(examples, len) }.iter().map(one).collect()
+    // SAFETY: the caller's promise.
+    unsafe {
+        let one = |example: &CExample| {
+            if example.n_messages > 0 {
+                return Ok(Example::Chat { messages: messages(example.messages, example.n_messages)? });
+            }
+            let response = text("response", example.response)?;
+            Ok(match optional_text("prompt", example.prompt)? {
+                Some(prompt) => Example::Pair { prompt, response },
+                None => Example::Text { text: response },
+            })
+        };
+        array(examples, len).iter().map(one).collect()
+    }
 }
 
 fn token_listener(call: OnToken, user: *mut c_void) -> Option<Arc<dyn TokenListener>> {
@@ -319,23 +340,13 @@ unsafe extern "C" fn edgellm_load(
     options: *const CLoadOptions,
     handle: *mut *const Engine,
 ) -> c_int {
-    status(|| {
-        // SAFETY: the caller's promise, here and below.
-        let path = unsafe { text("path", path) }?;
-        let options = match unsafe { value(options) } {
-            None => LoadOptions::default(),
-            Some(options) => LoadOptions {
-                memory_budget_bytes: unless_zero(options.memory_budget_bytes),
-                policy: unsafe { optional_text("policy", options.policy) }?,
-                threads: unless_zero(options.threads),
-                kernels: unsafe { optional_text("kernels", options.kernels) }?,
-            },
-        };
+    // SAFETY: the caller's promise.
+    status(|| unsafe {
         if handle.is_null() {
             return Err(EngineError::argument("engine", "where to write the handle", "a null pointer"));
         }
-        let engine = Engine::load(path, options)?;
-        unsafe { *handle = Arc::into_raw(engine) };
+        let engine = Engine::load(text("path", path)?, load_options(options)?)?;
+        *handle = Arc::into_raw(engine);
         Ok(())
     })
 }

@@ -200,6 +200,9 @@ def test_policy_and_budget():
     assert small.info().bytes < 0.4 * plain.info().bytes, small.info()
     assert 256 <= small.info().context < 1024, small.info()
     assert generate(small).tokens == 24
+    # Compressing has started the process's pool of threads.
+    threads = os.cpu_count() + 1
+    fails(EngineError.BadArgument, "after an engine has started", lambda: Engine.load(MODEL, LoadOptions(threads=threads)))
     fails(EngineError.BadArgument, "prompt: expected fewer than", lambda: small.generate("tower " * 900, GenerateOptions(), None))
 
 
