@@ -8,10 +8,12 @@
 mod android;
 mod architecture;
 mod binary;
+mod bindings;
 mod checks;
 mod compare;
 mod cross;
 mod demo;
+mod device;
 mod doctor;
 mod edgellm;
 mod fixture;
@@ -42,6 +44,7 @@ struct Cli {
 enum Task {
     Demo(demo::Demo),
     Test(suite::Test),
+    Bindings(bindings::Bindings),
     FixtureText(fixture::FixtureText),
     TrainFixture(train_fixture::TrainFixture),
     SynthModel(synth_model::SynthModel),
@@ -53,6 +56,7 @@ enum Task {
     CheckPeft(checks::CheckPeft),
     CheckLoraGguf(checks::CheckLoraGguf),
     ArchCheck(architecture::ArchCheck),
+    BenchDevice(device::BenchDevice),
     BuildAndroid(android::BuildAndroid),
     BuildIos(ios::BuildIos),
     BuildJetson(jetson::BuildJetson),
@@ -63,6 +67,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Demo(task) => task.run(),
         Task::Test(task) => task.run(),
+        Task::Bindings(task) => task.run(),
         Task::FixtureText(task) => task.run(),
         Task::TrainFixture(task) => task.run(),
         Task::SynthModel(task) => task.run(),
@@ -74,6 +79,7 @@ fn main() -> ExitCode {
         Task::CheckPeft(task) => task.run(),
         Task::CheckLoraGguf(task) => task.run(),
         Task::ArchCheck(task) => task.run(),
+        Task::BenchDevice(task) => task.run(),
         Task::BuildAndroid(task) => task.run(),
         Task::BuildIos(task) => task.run(),
         Task::BuildJetson(task) => task.run(),

@@ -10,7 +10,7 @@ use clap::Args;
 use xshell::{Cmd, cmd};
 
 use crate::edgellm::{Edgellm, SMOLLM2};
-use crate::{checks, cross, demo, golden, repo};
+use crate::{bindings, checks, cross, demo, golden, repo};
 
 /// Runs everything that CI runs.
 #[derive(Args)]
@@ -24,7 +24,7 @@ pub(crate) struct Test {
 }
 
 /// How a step ended, other than by an error.
-enum Outcome {
+pub(crate) enum Outcome {
     Passed(String),
     NotRun(String),
 }
@@ -39,12 +39,18 @@ struct Step {
 const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
 const NO_GOLDEN: &str = "no ../shared/golden";
 
-const STEPS: [Step; 22] = [
+const STEPS: [Step; 28] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
     Step { name: "examples in the docs", quick: true, run: doc_tests },
     Step { name: "demo on the fixture", quick: true, run: demo_run },
+    Step { name: "bindings: C", quick: false, run: bindings::c },
+    Step { name: "bindings: Python", quick: false, run: bindings::python },
+    Step { name: "bindings: Kotlin", quick: false, run: bindings::kotlin },
+    Step { name: "bindings: Swift", quick: false, run: bindings::swift },
+    Step { name: "bindings: cold start", quick: false, run: bindings::cold_start },
+    Step { name: "bindings: size of the library", quick: false, run: bindings::size },
     Step { name: "operators on ndarray and wgpu", quick: false, run: wgpu_operators },
     Step { name: "aarch64: build", quick: false, run: || on_aarch64(cross::build) },
     Step {

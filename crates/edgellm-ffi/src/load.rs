@@ -144,7 +144,7 @@ impl Compressor for Prepared {
 /// The model in the formats of a policy file, or in one format.
 fn compress(decoder: &Decoder, policy: &str) -> Result<Decoder> {
     let policy = match Format::parse(policy) {
-        Ok(format) => uniform_policy(decoder.n_blocks(), LayerFormat::of(format))?,
+        Ok(format) => uniform_policy(decoder.n_blocks(), layer_format(format)?)?,
         Err(_) if Path::new(policy).exists() => read_value::<CompressionPolicy>(Path::new(policy))?,
         Err(error) => {
             let found = format!("'{policy}', which is no file ({error})");
@@ -152,6 +152,17 @@ fn compress(decoder: &Decoder, policy: &str) -> Result<Decoder> {
         }
     };
     Ok(compress_decoder(decoder, &policy, &Prepared).map_err(edgellm::EdgeError::from)?)
+}
+
+/// The format as policies name it; others would become something else without a word.
+fn layer_format(format: Format) -> Result<LayerFormat> {
+    let layer = LayerFormat::of(format);
+    let stored = layer.packed()?;
+    if stored == format {
+        return Ok(layer);
+    }
+    let expected = format!("a format that policies can name, such as {stored}");
+    Err(EngineError::argument("policy", expected, format))
 }
 
 /// Bytes of all matrices and of the norms.

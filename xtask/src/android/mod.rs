@@ -14,6 +14,7 @@ use clap::Args;
 use xshell::cmd;
 
 use crate::binary::{Archive, Elf, Platform};
+use crate::bindings::Language;
 use crate::toolchain::{Build, Profile};
 use crate::{package, repo};
 pub(crate) use abi::{ABIS, Abi};
@@ -97,7 +98,7 @@ impl BuildAndroid {
     /// Generates the bindings and writes the archive.
     fn pack(&self, libraries: Vec<(&Abi, PathBuf)>, out: &Path) -> Result<()> {
         let sources = out.join("kotlin");
-        package::generate("kotlin", &sources)?;
+        package::generate(Language::Kotlin, &sources)?;
         let (classes, note) = match package::kotlin_classes(&sources)? {
             Ok(jar) => (jar, "with the compiled bindings".to_owned()),
             Err(reason) => {

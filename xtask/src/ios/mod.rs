@@ -13,6 +13,7 @@ use clap::Args;
 
 use crate::android::{FFI, FFI_SYMBOLS};
 use crate::binary::{Archive, Platform};
+use crate::bindings::Language;
 use crate::toolchain::{Build, Profile};
 use crate::{package, repo};
 
@@ -56,7 +57,7 @@ impl BuildIos {
             built.push((slice, library));
         }
         let swift = out.join("swift");
-        package::generate("swift", &swift)?;
+        package::generate(Language::Swift, &swift)?;
         assemble(&out, &swift, &built)?;
         println!("{}: an XCFramework and a Swift package", out.display());
         println!("to sign an app, or to run it on a phone or in the simulator, a Mac with Xcode is needed");

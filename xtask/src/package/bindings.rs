@@ -1,22 +1,20 @@
 //! The bindings of the FFI library, as `cargo xtask bindings` makes them, for packages.
 
-use std::env;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use xshell::cmd;
 
+use crate::bindings::{self, Language, kotlinc};
 use crate::repo;
 
-/// Writes the bindings for a language ("kotlin", "swift") into a folder, which is made anew.
-pub(crate) fn generate(language: &str, folder: &Path) -> Result<()> {
+/// Writes the bindings for a language into a folder, which is made anew. They are read from this machine's library: the
+/// definitions do not depend on the target.
+pub(crate) fn generate(language: Language, folder: &Path) -> Result<Vec<PathBuf>> {
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("cannot clear {}", folder.display()))?;
     }
-    let (shell, task) = (repo::shell()?, env::current_exe()?);
-    cmd!(shell, "{task} bindings --lang {language} --out {folder}").quiet().ignore_stdout().run()?;
-    Ok(())
+    bindings::generate(&bindings::library("release")?, language, folder)
 }
 
 /// The C header of the library.
@@ -30,5 +28,10 @@ pub(crate) fn c_header() -> Result<String> {
 /// # Errors
 /// There is a compiler, and it refuses them.
 pub(crate) fn kotlin_classes(sources: &Path) -> Result<Result<Vec<u8>, String>> {
-    Ok(Err(format!("no Kotlin compiler for {}", sources.display())))
+    if let Some(reason) = kotlinc::missing() {
+        return Ok(Err(reason));
+    }
+    let jar = repo::scratch("android")?.join("classes.jar");
+    kotlinc::compile(&[sources], &jar)?;
+    Ok(Ok(fs::read(&jar).with_context(|| format!("the Kotlin compiler wrote no {}", jar.display()))?))
 }
