@@ -4,7 +4,8 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::android::{ABIS, Ndk};
-use crate::toolchain::{HOST, Toolchain, has_program};
+use crate::repo::has_program;
+use crate::toolchain::{HOST, Toolchain};
 use crate::{ios, jetson};
 
 /// Shows what each target needs, what is here, and the command that installs the rest.

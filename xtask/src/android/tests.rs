@@ -10,7 +10,7 @@ use xshell::{Shell, cmd};
 use zip::ZipArchive;
 
 use super::*;
-use crate::toolchain::has_program;
+use crate::repo::has_program;
 
 /// A shared library that is no EdgeLLM, for an ABI that this machine can link for.
 fn stand_in(folder: &Path) -> (&'static Abi, PathBuf) {

@@ -72,6 +72,12 @@ impl Programs {
         Ok(Self { command: build.binary("edgellm").map_err(failed)?, conformance: conformance.map_err(failed)? })
     }
 
+    /// Any file as the command, and no tests.
+    #[cfg(test)]
+    pub(super) fn stand_in(command: PathBuf) -> Self {
+        Self { command, conformance: None }
+    }
+
     /// This machine's, with the features that its tests have, so that nothing is built twice.
     fn here(wanted: bool) -> Result<Self> {
         let command = Edgellm::build(&[])?.binary()?.to_owned();
@@ -141,14 +147,18 @@ fn items(programs: &Programs) -> Result<Vec<Item>> {
     if let Some(program) = &programs.conformance {
         items.push(Item { from: program.clone(), to: "conformance".to_owned(), executable: true });
     }
-    let mut data: Vec<_> = ["text/heldout.txt", "instruct/train.jsonl", "instruct/heldout.jsonl"].map(str::to_owned).into();
+    let mut data: Vec<_> =
+        ["text/heldout.txt", "instruct/train.jsonl", "instruct/heldout.jsonl"].map(str::to_owned).into();
     for entry in fs::read_dir(fixtures.join("model"))? {
         data.push(format!("model/{}", entry?.file_name().to_string_lossy()));
     }
     data.sort();
     items.extend(data.into_iter().map(|to| Item { from: fixtures.join(&to), to, executable: false }));
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
-    ensure!(items.iter().all(|item| item.to.chars().all(plain)), "a fixture has a name that shells do not take as it is");
+    ensure!(
+        items.iter().all(|item| item.to.chars().all(plain)),
+        "a fixture has a name that shells do not take as it is"
+    );
     Ok(items)
 }
 
@@ -189,7 +199,8 @@ mod tests {
 
     #[test]
     fn free_space_is_read() {
-        let text = "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/block/dm-41 1000 400 600 40% /data\n";
+        let text =
+            "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/block/dm-41 1000 400 600 40% /data\n";
         assert_eq!(free_kib(text), Some(600));
         assert_eq!(free_kib("df: unknown option"), None);
     }

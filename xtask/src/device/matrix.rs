@@ -128,7 +128,9 @@ impl Device {
         ];
         let misplaced = set.iter().find(|(_, is_set, kinds)| *is_set && !kinds.contains(&self.transport));
         if let Some((field, ..)) = misplaced {
-            return Some(format!("device {name}: {field} does not belong to transport {:?}", self.transport).to_lowercase());
+            return Some(
+                format!("device {name}: {field} does not belong to transport {:?}", self.transport).to_lowercase(),
+            );
         }
         let dash = [&self.host, &self.serial, &self.cpu].into_iter().flatten().find(|v| v.starts_with('-'));
         if let Some(value) = dash {
@@ -200,7 +202,10 @@ mod tests {
             ("transport = \"local\"\nspeed = 3", "line 4: unknown field `speed`"),
             ("transport = \"local\"\nport = 70000", "line 4: "),
             ("transport = \"local\"\nhost = \"x\"", "line 2: device a: host does not belong to transport local"),
-            ("transport = \"ssh\"\nhost = \"-oProxyCommand=x\"", "line 2: device a: \"-oProxyCommand=x\" begins with a dash"),
+            (
+                "transport = \"ssh\"\nhost = \"-oProxyCommand=x\"",
+                "line 2: device a: \"-oProxyCommand=x\" begins with a dash",
+            ),
             ("transport = \"local\"\nminutes = -1.0", "line 2: device a: minutes"),
             ("transport = \"local\"\nparts = []", "line 2: device a: parts is empty"),
             ("transport = \"local\"\n[[device]]\nname = \"a\"\ntransport = \"local\"", "line 5: there are two devices"),
@@ -211,6 +216,8 @@ mod tests {
         }
         let error = parse("\n[[device]]\ntransport = \"local\"\n").unwrap_err().to_string();
         assert!(error.starts_with("line 2: missing field `name`"), "{error}");
-        assert!(parse("[[device]]\nname = \"../a\"\ntransport = \"local\"").unwrap_err().to_string().contains("letters"));
+        assert!(
+            parse("[[device]]\nname = \"../a\"\ntransport = \"local\"").unwrap_err().to_string().contains("letters")
+        );
     }
 }

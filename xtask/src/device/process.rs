@@ -64,9 +64,8 @@ pub(super) fn run(mut command: Command, input: Option<&Path>, limit: Duration) -
     let Some(status) = status else {
         return Err(Failure::Lost(format!("{program} gave no result within {:.0} s", limit.as_secs_f64())));
     };
-    let text = |thread: thread::JoinHandle<Vec<u8>>| {
-        String::from_utf8_lossy(&thread.join().unwrap_or_default()).into_owned()
-    };
+    let text =
+        |thread: thread::JoinHandle<Vec<u8>>| String::from_utf8_lossy(&thread.join().unwrap_or_default()).into_owned();
     let (out, err) = (text(out), text(err));
     if status.success() {
         return Ok(out);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::matrix::{Device, Kind};
 use super::process::{self, Failure};
-use crate::toolchain::has_program;
+use crate::repo::has_program;
 use crate::{cross, repo};
 
 /// A way to one device.
@@ -72,12 +72,17 @@ impl Transport {
             }
             Kind::Adb => {
                 needs("adb", "apt-get install adb")?;
-                let adb = words(&["adb", "-s", device.serial.as_deref().unwrap_or_default()]);
-                let shell = [adb.clone(), words(&["shell"])].concat();
-                let folder = given("/data/local/tmp/edgellm-bench");
-                Ok(Self { shell, adb: Some(adb), prefix: String::new(), folder, own_sensors: true })
+                let serial = device.serial.as_deref().unwrap_or_default();
+                Ok(Self::adb("adb", serial, given("/data/local/tmp/edgellm-bench")))
             }
         }
+    }
+
+    /// By a program that is adb.
+    pub(super) fn adb(program: &str, serial: &str, folder: String) -> Self {
+        let adb = [program, "-s", serial].map(str::to_owned).to_vec();
+        let shell = [adb.clone(), vec!["shell".to_owned()]].concat();
+        Self { shell, adb: Some(adb), prefix: String::new(), folder, own_sensors: true }
     }
 
     /// The first contact: makes the folder and returns the processor.
@@ -106,7 +111,12 @@ impl Transport {
     /// Puts a file into the folder; a file that arrives in part does not get its name.
     pub(super) fn push(&self, from: &Path, to: &str, executable: bool, limit: Duration) -> Result<(), Failure> {
         let part = format!("{to}.part");
-        let settle = format!("chmod {} {part} && mv {part} {to}", if executable { 755 } else { 644 }, part = quote(&part), to = quote(to));
+        let settle = format!(
+            "chmod {} {part} && mv {part} {to}",
+            if executable { 755 } else { 644 },
+            part = quote(&part),
+            to = quote(to)
+        );
         let parent = Path::new(to).parent().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
         let parent = if parent.is_empty() { ".".to_owned() } else { parent };
         let open = format!("mkdir -p {}", quote(&parent));

@@ -13,8 +13,7 @@ fn the_framework_names_what_is_in_it() {
     fs::create_dir_all(&swift).unwrap();
     fs::create_dir_all(&out).unwrap();
     fs::write(swift.join("EdgeLLMFFI.h"), "#pragma once\n").unwrap();
-    fs::write(swift.join("EdgeLLMFFI.modulemap"), "module EdgeLLMFFI { header \"EdgeLLMFFI.h\" }\n")
-        .unwrap();
+    fs::write(swift.join("EdgeLLMFFI.modulemap"), "module EdgeLLMFFI { header \"EdgeLLMFFI.h\" }\n").unwrap();
     fs::write(swift.join("EdgeLLM.swift"), "import EdgeLLMFFI\n").unwrap();
     let library = folder.path().join("stand-in.a");
     fs::write(&library, "stand-in").unwrap();
@@ -43,10 +42,7 @@ fn the_framework_names_what_is_in_it() {
     }
     let manifest = fs::read_to_string(out.join("Package.swift")).unwrap();
     assert!(manifest.starts_with("// swift-tools-version:"), "Swift reads the first line");
-    assert!(
-        manifest.contains(".binaryTarget(name: \"EdgeLLMFFI\", path: \"EdgeLLMFFI.xcframework\")"),
-        "{manifest}"
-    );
+    assert!(manifest.contains(".binaryTarget(name: \"EdgeLLMFFI\", path: \"EdgeLLMFFI.xcframework\")"), "{manifest}");
     assert!(out.join("Sources/EdgeLLM/EdgeLLM.swift").is_file());
 }
 

@@ -15,7 +15,8 @@ use crate::android::{FFI, FFI_SYMBOLS};
 use crate::binary::{Elf, Glibc};
 use crate::package::{Control, Entry, c_header, tar_gz, write_deb};
 use crate::repo;
-use crate::toolchain::{Build, HOST, Profile, has_program};
+use crate::repo::has_program;
+use crate::toolchain::{Build, HOST, Profile};
 
 pub(crate) use crate::cross::TARGET;
 pub(crate) const LINKER: &str = "aarch64-linux-gnu-gcc";

@@ -47,7 +47,7 @@ pub(crate) fn write_deb(path: &Path, control: &Control<'_>, entries: &[Entry]) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::toolchain::has_program;
+    use crate::repo::has_program;
     use xshell::{Shell, cmd};
 
     #[test]

@@ -15,6 +15,8 @@ use crate::repo;
 pub(crate) enum Profile {
     /// Quick to build, slow to run.
     Dev,
+    /// Quickest to build, not to be run.
+    Compile,
     /// What tests use.
     Release,
     /// What is shipped.
@@ -25,6 +27,7 @@ impl Profile {
     fn flag(self) -> &'static str {
         match self {
             Self::Dev => "--profile=dev",
+            Self::Compile => "--profile=compile",
             Self::Release => "--profile=release",
             Self::Dist => "--profile=dist",
         }

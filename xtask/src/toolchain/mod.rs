@@ -37,7 +37,7 @@ impl Toolchain {
             return Ok(ours);
         }
         let debian = Path::new(DEBIAN_RUSTC);
-        let theirs = Self { cargo: DEBIAN_CARGO.into(), rustc: Some(debian.into()), build_std: false, folder: "cross" };
+        let theirs = Self::debian();
         let usable = debian.is_file() && Path::new(DEBIAN_CARGO).is_file();
         if usable && has_std(debian, target) {
             return Ok(theirs);
@@ -94,17 +94,6 @@ fn ask(rustc: &Path, args: &[&str]) -> Result<String> {
     cmd!(shell, "{rustc} {args...}").quiet().ignore_stderr().read().context("rustc did not answer")
 }
 
-/// Whether a program is on the path (or is a file, for a path).
-pub(crate) fn has_program(program: &str) -> bool {
-    if program.contains('/') {
-        return Path::new(program).is_file();
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| {
-        folder.join(program).is_file() || folder.join(format!("{program}{}", std::env::consts::EXE_SUFFIX)).is_file()
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,11 +103,5 @@ mod tests {
         let found = Toolchain::find(HOST).unwrap();
         assert_eq!(found.describe(), "rustup's toolchain");
         assert_eq!(found.target_folder().unwrap(), repo::target().unwrap().join(""));
-    }
-
-    #[test]
-    fn programs_are_looked_up() {
-        assert!(has_program("cargo"));
-        assert!(!has_program("no-such-program-here") && !has_program("/no/such/program"));
     }
 }
