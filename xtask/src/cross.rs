@@ -8,7 +8,7 @@ use serde_json::Value;
 use xshell::{Cmd, Shell, cmd};
 
 use crate::edgellm::{Edgellm, arg, number};
-use crate::repo;
+use crate::{demo, repo};
 
 pub(crate) const TARGET: &str = "aarch64-unknown-linux-gnu";
 const LINKER: &str = "aarch64-linux-gnu-gcc";
@@ -73,6 +73,12 @@ pub(crate) fn command(cpu: &str) -> Result<String> {
     let answer = emulated.json(run)?;
     ensure!(answer["text"].as_str().is_some_and(|t| !t.trim().is_empty()), "no answer on aarch64: {answer}");
     Ok(format!("perplexity {there:.4} on {cpu}, {here:.4} here"))
+}
+
+/// The short demo on the fixture as the given processor; tuning must lower the loss there too.
+pub(crate) fn demo(cpu: &str) -> Result<String> {
+    let edgellm = Edgellm::at(repo::shell()?, binary()?).quietly().under(&[EMULATOR, "-cpu", cpu, "-L", SYSROOT]);
+    demo::short(edgellm, cpu)
 }
 
 /// Debian's cargo on the packages that are built for aarch64, always the same ones, so that features agree.

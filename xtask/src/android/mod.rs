@@ -148,3 +148,21 @@ fn check(abi: &Abi, path: &Path) -> Result<Elf> {
     checked().with_context(|| format!("{} is not usable on {}", path.display(), abi.name))?;
     Ok(elf)
 }
+
+/// CI's check without an NDK: compiles for one ABI, then asks a program that only records its command line to link, and
+/// reads off that it was asked for a shared library with pages of 16 KB.
+pub(crate) fn check_without_ndk(abi: &str) -> Result<String> {
+    let abi = Abi::find(abi)?;
+    let compiled = compile(abi, Profile::Compile)?;
+    let folder = repo::scratch("fake-ndk")?;
+    let calls = ndk::fake(&folder, "28.2.13676358")?;
+    let ndk = Ndk::find(Some(&folder))?;
+    let build = ndk.configure(Build::new(abi.target, Profile::Compile)?, abi, OLDEST_API)?;
+    ensure!(build.library(FFI, "cdylib").is_err(), "a linker that links nothing made a library");
+    let calls = fs::read_to_string(&calls).context("the linker was not called")?;
+    let call = calls.lines().rfind(|call| call.starts_with(abi.clang)).context("the linker was not called")?;
+    for part in ["-shared", "-Wl,-z,max-page-size=16384", "libedgellm_ffi.so"] {
+        ensure!(call.contains(part), "the linker's command line has no {part}: {call}");
+    }
+    Ok(format!("{compiled}; the linker's command line is right (a recorder, no NDK)"))
+}

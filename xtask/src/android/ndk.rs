@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::abi::Abi;
+use super::abi::{ABIS, Abi};
 use crate::toolchain::Build;
 
 /// Rust's standard library needs this release or a later one.
@@ -120,35 +120,35 @@ fn newest(folder: &Path) -> Option<PathBuf> {
     roots.filter(|path| path.join("source.properties").is_file()).max_by_key(|path| version(path))
 }
 
+/// Makes a folder that looks like an NDK; its compilers and tools write their command lines into the file that is returned,
+/// and fail.
+pub(super) fn fake(root: &Path, version: &str) -> Result<PathBuf> {
+    let bin = root.join("toolchains/llvm/prebuilt").join(host()?).join("bin");
+    fs::create_dir_all(&bin)?;
+    fs::write(root.join("source.properties"), format!("Pkg.Desc = Android NDK\nPkg.Revision = {version}\n"))?;
+    let calls = root.join("calls");
+    fs::write(&calls, "")?;
+    let record = format!("#!/bin/sh\necho \"$(basename \"$0\") $*\" >> '{}'\nexit 1\n", calls.display());
+    let compilers = ABIS.iter().flat_map(|abi| ["", "++"].map(|end| format!("{}26-clang{end}", abi.clang)));
+    for name in compilers.chain(["llvm-ar", "llvm-ranlib", "llvm-strip"].map(str::to_owned)) {
+        let path = bin.join(name);
+        fs::write(&path, &record)?;
+        #[cfg(unix)]
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    }
+    Ok(calls)
+}
+
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
     use crate::toolchain::{Profile, Toolchain};
-
-    /// A folder that looks like an NDK; its clang writes its command line to `calls` and links nothing.
-    pub(in crate::android) fn fake(root: &Path, version: &str) -> PathBuf {
-        let bin = root.join("toolchains/llvm/prebuilt").join(host().unwrap()).join("bin");
-        fs::create_dir_all(&bin).unwrap();
-        fs::write(root.join("source.properties"), format!("Pkg.Desc = Android NDK\nPkg.Revision = {version}\n"))
-            .unwrap();
-        let record =
-            format!("#!/bin/sh\necho \"$(basename \"$0\") $*\" >> '{}'\nexit 1\n", root.join("calls").display());
-        let clangs = ["aarch64-linux-android26-clang", "aarch64-linux-android26-clang++"];
-        for name in clangs.into_iter().chain(["llvm-ar", "llvm-ranlib", "llvm-strip"]) {
-            fs::write(bin.join(name), &record).unwrap();
-            #[cfg(unix)]
-            {
-                use std::os::unix::fs::PermissionsExt;
-                fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).unwrap();
-            }
-        }
-        bin
-    }
 
     #[test]
     fn an_ndk_is_found_with_its_tools() {
         let folder = tempfile::tempdir().unwrap();
-        let bin = fake(folder.path(), "28.2.13676358");
+        fake(folder.path(), "28.2.13676358").unwrap();
+        let bin = folder.path().join("toolchains/llvm/prebuilt").join(host().unwrap()).join("bin");
         let ndk = Ndk::find(Some(folder.path())).unwrap();
         assert_eq!(ndk.version, "28.2.13676358");
         let abi = Abi::find("arm64-v8a").unwrap();
@@ -169,7 +169,7 @@ pub(super) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let error = format!("{:#}", Ndk::find(Some(folder.path())).unwrap_err());
         assert!(error.contains("is no NDK: it has no source.properties") && error.contains("--no-link"), "{error}");
-        fake(folder.path(), "21.4.7075529");
+        fake(folder.path(), "21.4.7075529").unwrap();
         let error = Ndk::find(Some(folder.path())).unwrap_err().to_string();
         assert!(error.contains("is 21.4.7075529, expected 25 or later"), "{error}");
     }
@@ -178,7 +178,7 @@ pub(super) mod tests {
     fn the_newest_of_several_is_taken_by_number() {
         let folder = tempfile::tempdir().unwrap();
         for version in ["9.0.1", "27.1.2", "27.0.12077973"] {
-            fake(&folder.path().join(version), version);
+            fake(&folder.path().join(version), version).unwrap();
         }
         assert_eq!(newest(folder.path()).unwrap(), folder.path().join("27.1.2"));
         assert_eq!(newest(&folder.path().join("none")), None);

@@ -28,7 +28,8 @@ pub(crate) fn missing() -> Option<String> {
 pub(crate) fn check() -> Result<String> {
     let server = Server::start()?;
     let matrix = server.folder.join("devices.toml");
-    let user = cmd!(repo::shell()?, "id -un").quiet().read()?;
+    let shell = repo::shell()?;
+    let user = cmd!(shell, "id -un").quiet().read()?;
     let known = server.folder.join("known_hosts");
     fs::write(
         &matrix,

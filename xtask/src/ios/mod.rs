@@ -118,3 +118,13 @@ let package = Package(
     ]
 )
 "#;
+
+/// CI's check: compiles for the device and assembles the framework and the package around the real library.
+pub(crate) fn check() -> Result<String> {
+    let out = repo::scratch("ios")?;
+    let (library, line) = compile(&DEVICE, Profile::Compile)?;
+    let swift = out.join("swift");
+    package::generate(Language::Swift, &swift)?;
+    assemble(&out, &swift, &[(&DEVICE, library)])?;
+    Ok(format!("{line}; assembled as a framework"))
+}
