@@ -100,7 +100,7 @@ impl BuildJetson {
             build = build.target_env("RUSTFLAGS", "-Ctarget-feature=+dotprod,+fp16,+lse,+rcpc");
         }
         if self.gpu {
-            build = build.features(&["vulkan"]);
+            build = build.features(&["edgellm/vulkan"]);
         }
         Ok(build)
     }
