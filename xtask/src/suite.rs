@@ -40,7 +40,7 @@ struct Step {
 const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
 const NO_GOLDEN: &str = "no ../shared/golden";
 
-const STEPS: [Step; 37] = [
+const STEPS: [Step; 38] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
@@ -74,6 +74,7 @@ const STEPS: [Step; 37] = [
     Step { name: "aarch64: demo, -cpu cortex-a57", quick: false, run: || on_aarch64(|| cross::demo("cortex-a57")) },
     Step { name: "android arm64: compile", quick: false, run: || android_compile("arm64-v8a") },
     Step { name: "android x86_64: compile", quick: false, run: || android_compile("x86_64") },
+    Step { name: "android: archive", quick: false, run: || android::check_archive().map(Outcome::Passed) },
     Step { name: "ios: compile, framework", quick: false, run: ios_compile },
     Step { name: "devices: local", quick: false, run: || matrix_device("local").map(Outcome::Passed) },
     Step { name: "devices: qemu, -cpu max", quick: false, run: || on_aarch64(|| matrix_device("qemu-max")) },

@@ -2,14 +2,16 @@
 //! shrinkers and licences. <https://developer.android.com/studio/projects/android-library#aar-contents>
 
 use std::fs::{self, File};
-use std::io::{Cursor, Write as _};
+use std::io::{Cursor, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use zip::write::SimpleFileOptions;
-use zip::{CompressionMethod, ZipWriter};
+use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
-use super::{LIBRARY_FILE, abi::Abi};
+use super::LIBRARY_FILE;
+use super::abi::{ABIS, Abi};
+use crate::binary::Elf;
 use crate::repo;
 
 /// Android's name of the package; the Kotlin bindings lie in it.
@@ -76,4 +78,42 @@ pub(super) fn no_classes() -> Result<Vec<u8>> {
     zip.start_file("META-INF/MANIFEST.MF", SimpleFileOptions::default())?;
     zip.write_all(b"Manifest-Version: 1.0\n\n")?;
     Ok(zip.finish()?.into_inner())
+}
+
+/// What is in an archive, read as Gradle reads it.
+pub(super) struct Summary {
+    /// Files of `classes.jar` that are classes.
+    pub(super) classes: usize,
+    pub(super) abis: Vec<String>,
+}
+
+/// Reads an archive back.
+///
+/// # Errors
+/// A part that Gradle needs is missing, or a library is for another processor than its folder says.
+pub(super) fn read(path: &Path) -> Result<Summary> {
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut zip = ZipArchive::new(file)?;
+    let mut content = |name: &str| -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        zip.by_name(name).with_context(|| format!("the archive has no {name}"))?.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let manifest = String::from_utf8(content("AndroidManifest.xml")?)?;
+    ensure!(manifest.contains(&format!("package=\"{PACKAGE}\"")), "the manifest does not name {PACKAGE}");
+    for name in ["R.txt", "proguard.txt", "META-INF/LICENSE-APACHE", "META-INF/LICENSE-MIT"] {
+        content(name)?;
+    }
+    let jar = ZipArchive::new(Cursor::new(content("classes.jar")?))?;
+    let names = jar.file_names().collect::<Result<Vec<_>, _>>()?;
+    let classes = names.iter().filter(|name| name.ends_with(".class")).count();
+    let mut abis = Vec::new();
+    for abi in &ABIS {
+        if let Ok(library) = content(&format!("jni/{}/{LIBRARY_FILE}", abi.name)) {
+            Elf::parse(&library)?.expect_machine(abi.machine)?;
+            abis.push(abi.name.to_owned());
+        }
+    }
+    ensure!(!abis.is_empty(), "the archive has no library");
+    Ok(Summary { classes, abis })
 }

@@ -49,6 +49,8 @@ fn an_archive_has_what_gradle_looks_for() {
     };
     assert_eq!(write(), write(), "the same contents are the same bytes");
 
+    let summary = aar::read(&path).unwrap();
+    assert_eq!((summary.classes, summary.abis), (0, vec![abi.name.to_owned()]));
     let files = unpack(&path);
     let text = |name: &str| String::from_utf8(files[name].clone()).unwrap();
     let manifest = text("AndroidManifest.xml");

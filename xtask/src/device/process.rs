@@ -109,7 +109,8 @@ fn explain(program: &str, status: &str, code: Option<i32>, err: &str, out: &str)
     if let Some(line) = has("no space left").or_else(|| has("not enough space")) {
         return Failure::Lost(format!("no space left on the device ({line})"));
     }
-    if let Some(line) = GONE.iter().find_map(|phrase| has(phrase)) {
+    let unknown = lines().find(|l| l.contains("device '") && l.ends_with("not found"));
+    if let Some(line) = unknown.or_else(|| GONE.iter().find_map(|phrase| has(phrase))) {
         return Failure::Lost(format!("the device is gone ({line})"));
     }
     // 255 is ssh's own; other codes are those of the program at the other end.
@@ -138,6 +139,7 @@ mod tests {
         assert!(said("echo progress >&2; echo 'error: no model' >&2; exit 1").ends_with(": error: no model"));
         assert!(said("echo \"write: No space left on device\" >&2; exit 1").starts_with("no space left on the device"));
         assert!(said("echo \"error: device offline\" >&2; exit 1").starts_with("the device is gone"));
+        assert!(said("echo \"error: device 'A1' not found\" >&2; exit 1").starts_with("the device is gone"));
         assert!(said("exit 3").contains("it said nothing"));
     }
 

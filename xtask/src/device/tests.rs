@@ -91,7 +91,7 @@ fn adb_pushes_what_changed_runs_and_cleans_up() {
     let fake = FakeAdb::new("");
     let transport = fake.transport();
     transport.reach().unwrap();
-    assert_eq!(fake.calls(), ["-s SERIAL shell mkdir -p remote && uname -m"]);
+    assert_eq!(fake.calls(), ["-s SERIAL shell true && mkdir -p remote && uname -m"]);
 
     let command = fake.folder.path().join("command");
     fs::write(&command, "#!/bin/sh\necho ran \"$@\"\n").unwrap();
@@ -109,7 +109,9 @@ fn adb_pushes_what_changed_runs_and_cleans_up() {
     assert_eq!(artifacts::push(&transport, &programs, LIMIT).unwrap().files, 1);
 
     assert_eq!(transport.program("edgellm", &["a", "b c"], LIMIT).unwrap(), "ran again a b c\n");
-    assert_eq!(fake.calls().last().unwrap(), "-s SERIAL shell cd remote && exec ./edgellm a 'b c'");
+    let call = fake.calls().pop().unwrap();
+    assert!(call.starts_with("-s SERIAL shell cd remote && exec $(command -v timeout"), "{call}");
+    assert!(call.ends_with("&& echo timeout 61) ./edgellm a 'b c'"), "{call}");
     transport.remove().unwrap();
     assert!(!fake.folder.path().join("remote").exists());
 }

@@ -18,6 +18,8 @@ pub(super) struct Transport {
     adb: Option<Vec<String>>,
     /// What goes before a program's name.
     prefix: String,
+    /// A script that fails where there is no device.
+    probe: String,
     /// Where files go on the device, an absolute path, or one from its home.
     folder: String,
     /// What it measures of heat and battery is the device's own.
@@ -45,6 +47,7 @@ impl Transport {
             shell: words(&["sh", "-c"]),
             adb: None,
             prefix,
+            probe: "true".to_owned(),
             folder,
             own_sensors,
         };
@@ -58,7 +61,10 @@ impl Transport {
             Kind::Ios => {
                 needs("xcrun", "it needs a Mac with Xcode")?;
                 let serial = device.serial.as_deref().unwrap_or_default();
-                Ok(local(format!("xcrun simctl spawn {} ", quote(serial)), here()?, false))
+                let booted = format!("xcrun simctl list devices booted | grep -F {}", quote(serial));
+                let probe =
+                    format!("({booted} || {{ echo no booted simulator {} >&2; exit 1; }}) >/dev/null", quote(serial));
+                Ok(Self { probe, ..local(format!("xcrun simctl spawn {} ", quote(serial)), here()?, false) })
             }
             Kind::Ssh => {
                 needs("ssh", "apt-get install openssh-client")?;
@@ -66,6 +72,7 @@ impl Transport {
                     shell: ssh(device),
                     adb: None,
                     prefix: String::new(),
+                    probe: "true".to_owned(),
                     folder: given("edgellm-bench"),
                     own_sensors: true,
                 })
@@ -82,7 +89,7 @@ impl Transport {
     pub(super) fn adb(program: &str, serial: &str, folder: String) -> Self {
         let adb = [program, "-s", serial].map(str::to_owned).to_vec();
         let shell = [adb.clone(), vec!["shell".to_owned()]].concat();
-        Self { shell, adb: Some(adb), prefix: String::new(), folder, own_sensors: true }
+        Self { shell, adb: Some(adb), prefix: String::new(), probe: "true".to_owned(), folder, own_sensors: true }
     }
 
     /// The first contact: makes the folder and returns the processor.
@@ -90,7 +97,7 @@ impl Transport {
     /// # Errors
     /// [`Failure::NotRun`] where nothing answers.
     pub(super) fn reach(&self) -> Result<String, Failure> {
-        let script = format!("mkdir -p {} && uname -m", quote(&self.folder));
+        let script = format!("{} && mkdir -p {} && uname -m", self.probe, quote(&self.folder));
         let answer = process::run(self.command(&script), None, FIRST_ANSWER);
         answer.map(|text| text.trim().to_owned()).map_err(|error| Failure::NotRun(error.to_string()))
     }
@@ -105,7 +112,11 @@ impl Transport {
     pub(super) fn program(&self, name: &str, args: &[&str], limit: Duration) -> Result<String, Failure> {
         let args: Vec<_> = args.iter().map(|a| quote(a)).collect();
         // The shell becomes the program, so that ending one ends the other.
-        self.script(&format!("exec {}./{name} {}", self.prefix, args.join(" ")), limit)
+        // Ending ssh or adb does not end a program at the other end, so that it gets the limit too.
+        let seconds = limit.as_secs() + 1;
+        let timeout = format!("$(command -v timeout >/dev/null 2>&1 && echo timeout {seconds}) ");
+        let timeout = if self.shell[0] == "sh" { "" } else { &timeout };
+        self.script(&format!("exec {timeout}{}./{name} {}", self.prefix, args.join(" ")), limit)
     }
 
     /// Puts a file into the folder; a file that arrives in part does not get its name.
