@@ -105,7 +105,7 @@ fn explain(program: &str, status: &str, code: Option<i32>, err: &str, out: &str)
     let lines = || err.lines().chain(out.lines()).map(str::trim).filter(|l| !l.is_empty());
     let has = |phrase: &str| lines().find(|l| l.to_lowercase().contains(phrase));
     let last = lines().find(|l| l.starts_with("error")).or_else(|| err.lines().rfind(|l| !l.trim().is_empty()));
-    let last = last.or_else(|| lines().last()).unwrap_or("it said nothing");
+    let last = last.or_else(|| lines().next_back()).unwrap_or("it said nothing");
     if let Some(line) = has("no space left").or_else(|| has("not enough space")) {
         return Failure::Lost(format!("no space left on the device ({line})"));
     }

@@ -86,10 +86,10 @@ impl Suite<'_> {
         let mut figures = BTreeMap::new();
         for test in tests["tests"].as_array().into_iter().flatten() {
             let name = ["n_prompt", "n_gen", "n_tune"].into_iter().zip(["read", "generate", "tune"]);
-            let name = name.filter(|(key, _)| test[*key].as_u64().is_some_and(|n| n > 0)).map(|(_, word)| word);
+            let mut name = name.filter(|(key, _)| test[*key].as_u64().is_some_and(|n| n > 0)).map(|(_, word)| word);
             let samples: Vec<_> =
                 test["samples_ts"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
-            figures.insert(format!("{}, tokens/s", name.last().unwrap_or("other")), Figure { samples });
+            figures.insert(format!("{}, tokens/s", name.next_back().unwrap_or("other")), Figure { samples });
         }
         if figures.len() != 3 || figures.values().any(|f| f.samples.is_empty()) {
             return Err(Failure::Failed(format!("expected speeds of three tests, found {tests:.300}")));

@@ -25,7 +25,8 @@ fn cells(row: &Row) -> [Vec<String>; 4] {
 fn heat(row: &Row) -> Option<String> {
     let hottest = row.readings.iter().filter_map(|r| r.hottest.as_ref()).max_by(|a, b| a.1.total_cmp(&b.1));
     let mut levels = row.readings.iter().filter_map(|r| r.battery.as_ref().map(|b| b.0));
-    let battery = levels.next().zip(levels.last()).map(|(first, last)| format!("battery {first:.0}% to {last:.0}%"));
+    let battery =
+        levels.next().zip(levels.next_back()).map(|(first, last)| format!("battery {first:.0}% to {last:.0}%"));
     let heat = hottest.map(|(sensor, celsius)| format!("hottest {celsius:.0} C ({sensor})"));
     let both: Vec<_> = heat.into_iter().chain(battery).collect();
     (!both.is_empty()).then(|| both.join(", "))
