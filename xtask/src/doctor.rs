@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::android::{ABIS, Ndk};
+use crate::bindings::kotlinc;
 use crate::repo::has_program;
 use crate::toolchain::{HOST, Toolchain};
 use crate::{ios, jetson};
@@ -38,12 +39,13 @@ fn rows() -> Vec<Row> {
     }
     let ndk = Ndk::find(None).map(|ndk| ndk.version).map_err(|error| format!("{error:#}"));
     add("android, linking", "NDK 25 or later", ndk);
-    add("android, bindings", "Java", program("java", "apt-get install default-jdk-headless"));
+    let kotlin = kotlinc::missing().map_or_else(|| Ok(kotlinc::COMPILER.to_owned()), Err);
+    add("android, bindings", "Java, npm, JNA", kotlin);
     add("android, devices", "adb", program("adb", "apt-get install adb"));
     for slice in [&ios::DEVICE, &ios::SIMULATOR] {
         add(slice.target, "standard library", std(slice.target));
     }
-    let xcode = "Xcode, on a Mac: xcode-select --install (the library and the framework are built without)";
+    let xcode = "a Mac with Xcode, from the App Store (the library and the framework are built without)";
     add("ios, running", "xcrun", program("xcrun", xcode));
     add("jetson", "standard library", std(jetson::TARGET));
     if HOST != jetson::TARGET {

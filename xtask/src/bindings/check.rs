@@ -55,7 +55,7 @@ pub(crate) fn kotlin() -> Result<Outcome> {
     let (shell, classes, cycle) = (repo::shell()?, repo::scratch("bindings/kotlin-classes")?, test_file("Cycle.kt")?);
     kotlinc::compile(&[&folder, &cycle], &classes).context("the Kotlin bindings and their test do not compile")?;
     let (model, scratch) = (fixture()?, repo::scratch("bindings/run")?);
-    let classpath = format!("{}:{}:{}", classes.display(), kotlinc::JNA, kotlinc::stdlib()?.display());
+    let classpath = format!("{}:{}:{}", classes.display(), kotlinc::jna().display(), kotlinc::stdlib()?.display());
     let libraries = library.parent().context("a library lies in a folder")?;
     let ran = cmd!(shell, "java -cp {classpath} -Djna.library.path={libraries} CycleKt {model} {scratch}");
     Ok(Outcome::Passed(format!("{} on the host's Java, {}", ran.quiet().read()?, kotlinc::COMPILER)))

@@ -17,6 +17,8 @@ use crate::bindings::Language;
 use crate::toolchain::{Build, Profile};
 use crate::{package, repo};
 
+/// The framework's folder.
+const FRAMEWORK: &str = "EdgeLLMFFI.xcframework";
 /// Oldest iOS that is supported.
 const OLDEST_IOS: &str = "15.0";
 
@@ -59,7 +61,8 @@ impl BuildIos {
         let swift = out.join("swift");
         package::generate(Language::Swift, &swift)?;
         assemble(&out, &swift, &built)?;
-        println!("{}: an XCFramework and a Swift package", out.display());
+        let slices = xcframework::read(&out.join(FRAMEWORK))?.join(", ");
+        println!("{}: an XCFramework ({slices}) and a Swift package", out.display());
         println!("to sign an app, or to run it on a phone or in the simulator, a Mac with Xcode is needed");
         Ok(())
     }
@@ -91,7 +94,7 @@ fn assemble(out: &Path, swift: &Path, built: &[(&Slice, PathBuf)]) -> Result<()>
     ensure!(headers.len() == 2, "expected one C header and one module map in {}, found {headers:?}", swift.display());
     ensure!(!sources.is_empty(), "no Swift source in {}", swift.display());
     headers.sort();
-    xcframework::write(&out.join("EdgeLLMFFI.xcframework"), built, &headers)?;
+    xcframework::write(&out.join(FRAMEWORK), built, &headers)?;
     let folder = out.join("Sources/EdgeLLM");
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     for source in &sources {
@@ -126,5 +129,6 @@ pub(crate) fn check() -> Result<String> {
     let swift = out.join("swift");
     package::generate(Language::Swift, &swift)?;
     assemble(&out, &swift, &[(&DEVICE, library)])?;
-    Ok(format!("{line}; assembled as a framework"))
+    let slices = xcframework::read(&out.join(FRAMEWORK))?.join(", ");
+    Ok(format!("{line}; assembled as a framework and read back: {slices}"))
 }

@@ -44,6 +44,12 @@ fn the_framework_names_what_is_in_it() {
     assert!(manifest.starts_with("// swift-tools-version:"), "Swift reads the first line");
     assert!(manifest.contains(".binaryTarget(name: \"EdgeLLMFFI\", path: \"EdgeLLMFFI.xcframework\")"), "{manifest}");
     assert!(out.join("Sources/EdgeLLM/EdgeLLM.swift").is_file());
+
+    // What the task itself reads back refuses a library that is none.
+    let error = format!("{:#}", xcframework::read(&framework).unwrap_err());
+    assert!(error.contains("libedgellm_ffi.a is no static library"), "{error}");
+    fs::remove_file(framework.join("Info.plist")).unwrap();
+    assert!(xcframework::read(&framework).unwrap_err().to_string().contains("Info.plist cannot be read"));
 }
 
 #[test]

@@ -4,10 +4,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use plist::{Dictionary, Value};
 
 use super::Slice;
+use crate::android::FFI_SYMBOLS;
+use crate::binary::{Archive, Platform};
 
 /// The static library's name in every slice.
 pub(super) const LIBRARY: &str = "libedgellm_ffi.a";
@@ -55,4 +57,45 @@ fn describe(slice: &Slice) -> Value {
         library.insert("SupportedPlatformVariant".into(), "simulator".into());
     }
     Value::Dictionary(library)
+}
+
+/// Reads a framework back as Xcode does: what the property list names must be there, a library for that system and a
+/// module map whose headers exist. Returns the slices' identifiers.
+///
+/// # Errors
+/// Something that the property list names is missing or is for another processor or system.
+pub(super) fn read(path: &Path) -> Result<Vec<String>> {
+    let info = Value::from_file(path.join("Info.plist")).context("Info.plist cannot be read")?;
+    let info = info.as_dictionary().context("Info.plist is no dictionary")?;
+    let kind = info.get("CFBundlePackageType").and_then(Value::as_string);
+    ensure!(kind == Some("XFWK"), "Info.plist says {kind:?}, expected XFWK");
+    let libraries = info.get("AvailableLibraries").and_then(Value::as_array).context("no AvailableLibraries")?;
+    ensure!(!libraries.is_empty(), "AvailableLibraries is empty");
+    libraries.iter().map(|library| read_slice(path, library)).collect()
+}
+
+fn read_slice(path: &Path, library: &Value) -> Result<String> {
+    let library = library.as_dictionary().context("a library is no dictionary")?;
+    let text =
+        |key: &str| library.get(key).and_then(Value::as_string).with_context(|| format!("a library has no {key}"));
+    let identifier = text("LibraryIdentifier")?;
+    ensure!(text("SupportedPlatform")? == "ios", "{identifier}: expected the platform ios");
+    let folder = path.join(identifier);
+    let platform = match library.get("SupportedPlatformVariant").and_then(Value::as_string) {
+        Some("simulator") => Platform::IosSimulator,
+        None => Platform::Ios,
+        Some(other) => anyhow::bail!("{identifier}: expected the variant simulator or none, found {other}"),
+    };
+    let archive = folder.join(text("LibraryPath")?);
+    Archive::read(&archive)?.expect("aarch64", platform, FFI_SYMBOLS).context(archive.display().to_string())?;
+    let headers = folder.join(text("HeadersPath")?);
+    let map = fs::read_to_string(headers.join("module.modulemap")).context("no module.modulemap")?;
+    ensure!(map.contains(&format!("module {MODULE} ")), "the module map has no module {MODULE}: {map}");
+    let named: Vec<_> = map.lines().filter_map(|line| line.trim().strip_prefix("header ")).collect();
+    ensure!(!named.is_empty(), "the module map names no header: {map}");
+    for header in named {
+        let header = headers.join(header.trim_matches('"'));
+        ensure!(header.is_file(), "the module map names {}, which is not there", header.display());
+    }
+    Ok(identifier.to_owned())
 }
