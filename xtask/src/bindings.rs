@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use xshell::cmd;
 
-pub(crate) use self::check::{c, cold_start, kotlin, python, size, swift};
+pub(crate) use self::check::{c, cold_start, kotlin, python, swift};
 use crate::repo;
 
 /// The crate.

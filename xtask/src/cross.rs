@@ -18,7 +18,7 @@ const STATIC: &str = "-C target-feature=+crt-static";
 /// Seconds that one emulated test program may take.
 const LIMIT: &str = "1200";
 /// Where the emulated program finds its C library.
-const SYSROOT: &str = "/usr/aarch64-linux-gnu";
+pub(crate) const SYSROOT: &str = "/usr/aarch64-linux-gnu";
 const CARGO: &str = "/usr/bin/cargo";
 const RUSTC: &str = "/usr/bin/rustc";
 

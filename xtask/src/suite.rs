@@ -11,7 +11,7 @@ use xshell::{Cmd, cmd};
 
 use crate::edgellm::{Edgellm, SMOLLM2};
 use crate::toolchain::Toolchain;
-use crate::{android, bindings, checks, cross, demo, device, golden, ios, repo};
+use crate::{android, bindings, checks, cross, demo, device, golden, ios, jetson, repo};
 
 /// Runs everything that CI runs.
 #[derive(Args)]
@@ -51,7 +51,6 @@ const STEPS: [Step; 38] = [
     Step { name: "bindings: Kotlin", quick: false, run: bindings::kotlin },
     Step { name: "bindings: Swift", quick: false, run: bindings::swift },
     Step { name: "bindings: cold start", quick: false, run: bindings::cold_start },
-    Step { name: "bindings: size of the library", quick: false, run: bindings::size },
     Step { name: "operators on ndarray and wgpu", quick: false, run: wgpu_operators },
     Step { name: "aarch64: build", quick: false, run: || on_aarch64(cross::build) },
     Step {
@@ -76,6 +75,7 @@ const STEPS: [Step; 38] = [
     Step { name: "android x86_64: compile", quick: false, run: || android_compile("x86_64") },
     Step { name: "android: archive", quick: false, run: || android::check_archive().map(Outcome::Passed) },
     Step { name: "ios: compile, framework", quick: false, run: ios_compile },
+    Step { name: "jetson: package, size of the library", quick: false, run: || on_aarch64(jetson::check_package) },
     Step { name: "devices: local", quick: false, run: || matrix_device("local").map(Outcome::Passed) },
     Step { name: "devices: qemu, -cpu max", quick: false, run: || on_aarch64(|| matrix_device("qemu-max")) },
     Step { name: "devices: qemu, -cpu cortex-a57", quick: false, run: || on_aarch64(|| matrix_device("qemu-a57")) },

@@ -14,8 +14,6 @@ use crate::suite::Outcome;
 
 /// Milliseconds from the start of a program to the first token of the fixture.
 const COLD_START_MS: f64 = 150.0;
-/// Bytes of the stripped library without a GPU.
-const LIBRARY_BYTES: u64 = 12_000_000;
 /// Runs of which the best counts: other programs on the machine make a start slower, nothing makes it faster.
 const STARTS: usize = 7;
 
@@ -143,14 +141,6 @@ pub(crate) fn cold_start() -> Result<Outcome> {
         "load and first token: best {best:.0} ms, median {median:.0} ms; the whole process: best {:.0} ms",
         whole[0]
     )))
-}
-
-/// The size of the library as it is shipped.
-pub(crate) fn size() -> Result<Outcome> {
-    let library = library("dist")?;
-    let bytes = fs::metadata(&library)?.len();
-    ensure!(bytes <= LIBRARY_BYTES, "{bytes} bytes stripped, more than {LIBRARY_BYTES}");
-    Ok(Outcome::Passed(format!("{:.1} MB stripped", bytes as f64 / 1e6)))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, ValueEnum};
+use xshell::cmd;
 
 use crate::android::{FFI, FFI_SYMBOLS};
 use crate::binary::{Elf, Glibc};
@@ -19,8 +20,11 @@ use crate::repo::has_program;
 use crate::toolchain::{Build, HOST, Profile};
 
 pub(crate) use crate::cross::TARGET;
+use crate::cross::{EMULATOR, SYSROOT};
 pub(crate) const LINKER: &str = "aarch64-linux-gnu-gcc";
 const LIBRARY: &str = "libedgellm_ffi.so";
+/// Bytes of the stripped library without a GPU, at most.
+const LIBRARY_BYTES: u64 = 12_000_000;
 /// What JetPack 6 has.
 const NEWEST_GLIBC: &str = "2.35";
 /// The system's libraries that ours may need, and the packages that hold them.
@@ -62,9 +66,21 @@ pub(crate) struct BuildJetson {
     out: PathBuf,
 }
 
+/// What was built.
+struct Built {
+    library: Elf,
+    floor: Glibc,
+    deb: PathBuf,
+}
+
 impl BuildJetson {
     pub(crate) fn run(&self) -> Result<()> {
         let limit = parse(&self.glibc).unwrap_or_else(|error| crate::usage(&error));
+        self.make(limit).map(drop)
+    }
+
+    /// Builds, checks and packs; the files may need no glibc later than `limit`.
+    fn make(&self, limit: Glibc) -> Result<Built> {
         let build = self.build()?;
         println!("{TARGET}: {}", build.toolchain.describe());
         let out = repo::root()?.join(&self.out);
@@ -83,7 +99,8 @@ impl BuildJetson {
             println!("  {}: {mb:.1} MB, needs {needs}", path.display());
         }
         println!("  needs glibc {floor} or later (JetPack 6 has 2.35, JetPack 5 has 2.31)");
-        self.pack(&out, floor, &fs::read(&command)?, &fs::read(&library)?)
+        let deb = self.pack(&out, floor, &fs::read(&command)?, &fs::read(&library)?)?;
+        Ok(Built { library: of_library, floor, deb })
     }
 
     fn build(&self) -> Result<Build<'static>> {
@@ -105,8 +122,8 @@ impl BuildJetson {
         Ok(build)
     }
 
-    /// Writes the tarball and the Debian package.
-    fn pack(&self, out: &Path, floor: Glibc, command: &[u8], library: &[u8]) -> Result<()> {
+    /// Writes the tarball and the Debian package; returns the package.
+    fn pack(&self, out: &Path, floor: Glibc, command: &[u8], library: &[u8]) -> Result<PathBuf> {
         let version = env!("CARGO_PKG_VERSION");
         let name = match self.cpu {
             Cpu::Orin => format!("edgellm-{version}-aarch64-orin"),
@@ -119,7 +136,7 @@ impl BuildJetson {
         let entries = tree("./usr", "lib/aarch64-linux-gnu", "./usr/share/doc/edgellm", command, library)?;
         write_deb(&deb, &control(version, floor, self.cpu), &entries)?;
         println!("  {}\n  {}", tarball.display(), deb.display());
-        Ok(())
+        Ok(deb)
     }
 }
 
@@ -169,4 +186,28 @@ fn check(path: &Path) -> Result<Elf> {
         .and_then(|()| elf.expect_needed(&SYSTEM.map(|(library, _)| library)))
         .with_context(|| format!("{} is not usable on a board", path.display()))?;
     Ok(elf)
+}
+
+/// CI's check: builds as for shipping; the library is small enough; and what the package installs runs under the emulator,
+/// where there is one.
+pub(crate) fn check_package() -> Result<String> {
+    let out = repo::scratch("jetson")?;
+    let task =
+        BuildJetson { cpu: Cpu::Orin, gpu: false, glibc: NEWEST_GLIBC.to_owned(), fast: false, out: out.clone() };
+    let Built { library, floor, deb } = task.make(parse(&task.glibc)?)?;
+    ensure!(library.bytes <= LIBRARY_BYTES, "the library has {} bytes, more than {LIBRARY_BYTES}", library.bytes);
+    let facts = format!("library {:.1} MB stripped, glibc {floor} or later", library.bytes as f64 / 1e6);
+    if !has_program("dpkg-deb") || !has_program(EMULATOR) {
+        return Ok(format!("{facts}; the package was not unpacked and run (no dpkg-deb or no {EMULATOR})"));
+    }
+    let (shell, installed) = (repo::shell()?, out.join("installed"));
+    if installed.exists() {
+        fs::remove_dir_all(&installed).with_context(|| format!("cannot clear {}", installed.display()))?;
+    }
+    cmd!(shell, "dpkg-deb -x {deb} {installed}").quiet().run()?;
+    let command = installed.join("usr/bin/edgellm");
+    let version = cmd!(shell, "{EMULATOR} -cpu max -L {SYSROOT} {command} --version").quiet().read()?;
+    let expected = concat!("edgellm ", env!("CARGO_PKG_VERSION"));
+    ensure!(version.starts_with(expected), "the packaged command says {version:?}, expected {expected:?}");
+    Ok(format!("{facts}; the packaged command runs under the emulator"))
 }
