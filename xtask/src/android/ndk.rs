@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::abi::{ABIS, Abi};
 use crate::toolchain::Build;
@@ -51,8 +51,9 @@ impl Ndk {
 
     fn at(root: &Path) -> Result<Self> {
         let properties = root.join("source.properties");
-        let text = fs::read_to_string(&properties)
-            .with_context(|| format!("{} is no NDK: it has no source.properties; {HOW}", root.display()))?;
+        let text = fs::read_to_string(&properties).map_err(|e| {
+            anyhow!("{} is no NDK: it has no source.properties that can be read ({e}); {HOW}", root.display())
+        })?;
         let version =
             text.lines().find_map(|line| line.split_once('=').filter(|(key, _)| key.trim() == "Pkg.Revision"));
         let version = version.map(|(_, value)| value.trim().to_owned());

@@ -162,7 +162,7 @@ fn parse(text: &str) -> Result<Vec<Device>> {
         Ok(matrix) => matrix,
         Err(error) => {
             let at = error.span().map_or(0, |span| span.start);
-            bail!("line {}: {}", line(at), error.message())
+            bail!("line {}: {}", line(at), error.message().replace("u16", "a whole number up to 65535"))
         }
     };
     let mut names = BTreeSet::new();
@@ -200,7 +200,10 @@ mod tests {
         for (rest, wanted) in [
             ("transport = \"pigeon\"", "line 3: unknown variant `pigeon`"),
             ("transport = \"local\"\nspeed = 3", "line 4: unknown field `speed`"),
-            ("transport = \"local\"\nport = 70000", "line 4: "),
+            (
+                "transport = \"local\"\nport = 70000",
+                "line 4: invalid value: integer `70000`, expected a whole number up to 65535",
+            ),
             ("transport = \"local\"\nhost = \"x\"", "line 2: device a: host does not belong to transport local"),
             (
                 "transport = \"ssh\"\nhost = \"-oProxyCommand=x\"",

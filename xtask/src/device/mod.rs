@@ -29,7 +29,7 @@ use suite::Suite;
 use transport::Transport;
 
 /// Runs the suite on every device of a matrix. Exits with 1 if a device failed, with 3 if one is clearly slower than in
-/// its last run; devices that are not there are rows of the table, and no failure.
+/// its last run, with 4 if none was there to run; others that are not there are rows of the table, and no failure.
 #[derive(Args)]
 pub(crate) struct BenchDevice {
     /// The matrix
@@ -51,6 +51,8 @@ pub(crate) struct BenchDevice {
 
 /// Exit code where something is clearly slower than in the last run.
 const SLOWER: i32 = 3;
+/// Exit code where no device was there.
+const NONE: i32 = 4;
 
 impl BenchDevice {
     pub(crate) fn run(&self) -> Result<()> {
@@ -59,6 +61,10 @@ impl BenchDevice {
         let slower = run.rows.iter().flat_map(|r| &r.changes).any(results::Change::is_slower);
         if run.rows.iter().any(|row| row.outcome == Outcome::Failed) {
             bail!("a device failed");
+        }
+        if run.rows.iter().all(|row| row.outcome == Outcome::NotRun) {
+            eprintln!("no device was run");
+            std::process::exit(NONE);
         }
         if slower {
             eprintln!("something is clearly slower than in the last run");
