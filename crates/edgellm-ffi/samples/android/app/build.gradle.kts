@@ -6,7 +6,7 @@ plugins {
 
 // What `cargo xtask build-android` wrote: native libraries, and the Kotlin bindings as a source.
 val edgellm = rootDir.resolve("../../../../dist/android")
-val bindings = rootDir.resolve("../../../../dist/bindings/kotlin")
+val bindings = rootDir.resolve("../../../../dist/android/kotlin")
 
 android {
     namespace = "org.edgellm.sample"
