@@ -149,7 +149,9 @@ fn row(device: &Device, clean: bool) -> Row {
 fn fill(device: &Device, clean: bool, row: &mut Row) -> Result<(), Failure> {
     let failed = |error: anyhow::Error| Failure::Failed(format!("{error:#}"));
     let transport = Transport::new(device)?;
-    row.processor = Some(transport.reach()?);
+    let answer = transport.reach()?;
+    // Scripts run beside the emulator, so that they see this machine's processor.
+    row.processor = Some(device.cpu.as_ref().map_or(answer, |cpu| format!("aarch64 {cpu}, emulated")));
     let programs = artifacts::Programs::of(device)?;
     let wants_accuracy = device.parts.contains(&Part::Accuracy);
     let perplexity = if wants_accuracy { perplexity_here().map_err(failed)? } else { f64::NAN };
