@@ -8,17 +8,17 @@ use serde_json::Value;
 use xshell::{Cmd, Shell, cmd};
 
 use crate::edgellm::{Edgellm, arg, number};
-use crate::repo;
+use crate::{demo, repo};
 
-const TARGET: &str = "aarch64-unknown-linux-gnu";
+pub(crate) const TARGET: &str = "aarch64-unknown-linux-gnu";
 const LINKER: &str = "aarch64-linux-gnu-gcc";
-const EMULATOR: &str = "qemu-aarch64-static";
+pub(crate) const EMULATOR: &str = "qemu-aarch64-static";
 /// qemu 7.2 hangs when a dynamically linked program starts a thread; what is tested is the same either way.
 const STATIC: &str = "-C target-feature=+crt-static";
 /// Seconds that one emulated test program may take.
 const LIMIT: &str = "1200";
 /// Where the emulated program finds its C library.
-const SYSROOT: &str = "/usr/aarch64-linux-gnu";
+pub(crate) const SYSROOT: &str = "/usr/aarch64-linux-gnu";
 const CARGO: &str = "/usr/bin/cargo";
 const RUSTC: &str = "/usr/bin/rustc";
 
@@ -53,8 +53,7 @@ pub(crate) fn kernel_tests(cpu: &str, best: &str) -> Result<String> {
         cmd!(shell, "timeout {LIMIT} {EMULATOR} -cpu {cpu} -L {SYSROOT} {program}").quiet().run()?;
     }
     // The suites pass whatever is present, so that what ran must be read off.
-    let suites = kernels.iter().find(|(_, program)| program.to_string_lossy().contains("conformance"));
-    let (_, suites) = suites.context("the kernels have no conformance tests")?;
+    let suites = conformance_in(&programs)?;
     let ran = cmd!(shell, "timeout {LIMIT} {EMULATOR} -cpu {cpu} -L {SYSROOT} {suites} --nocapture swiglu");
     let ran = ran.quiet().ignore_stdout().read_stderr()?;
     ensure!(ran.contains(&format!("flex ({best}) ran, ndarray")), "{best} is not the best that ran on {cpu}: {ran}");
@@ -76,6 +75,12 @@ pub(crate) fn command(cpu: &str) -> Result<String> {
     Ok(format!("perplexity {there:.4} on {cpu}, {here:.4} here"))
 }
 
+/// The short demo on the fixture as the given processor; tuning must lower the loss there too.
+pub(crate) fn demo(cpu: &str) -> Result<String> {
+    let edgellm = Edgellm::at(repo::shell()?, binary()?).quietly().under(&[EMULATOR, "-cpu", cpu, "-L", SYSROOT]);
+    demo::short(edgellm, cpu)
+}
+
 /// Debian's cargo on the packages that are built for aarch64, always the same ones, so that features agree.
 fn cargo<'a>(shell: &'a Shell, task: &str) -> Result<Cmd<'a>> {
     let folder = repo::target()?.join("cross");
@@ -91,9 +96,22 @@ fn cargo<'a>(shell: &'a Shell, task: &str) -> Result<Cmd<'a>> {
 }
 
 /// The command's binary, built where it is not up to date.
-fn binary() -> Result<PathBuf> {
+pub(crate) fn binary() -> Result<PathBuf> {
     cargo(&repo::shell()?, "build")?.arg("--quiet").run()?;
     Ok(repo::target()?.join("cross").join(TARGET).join("release/edgellm"))
+}
+
+/// The kernels' conformance tests, built where they are not up to date.
+pub(crate) fn conformance() -> Result<PathBuf> {
+    conformance_in(&test_programs()?).map(Path::to_owned)
+}
+
+fn conformance_in(programs: &[(String, PathBuf)]) -> Result<&Path> {
+    let suites = |(package, program): &&(String, PathBuf)| {
+        package.contains("edgellm-kernels") && program.to_string_lossy().contains("conformance")
+    };
+    let found = programs.iter().find(suites).context("the kernels have no conformance tests")?;
+    Ok(&found.1)
 }
 
 /// The test programs with their packages, built where they are not up to date.

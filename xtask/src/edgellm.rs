@@ -45,6 +45,11 @@ impl Edgellm {
         Self { shell, program: vec![binary], device: None, quiet: false, in_f32: false }
     }
 
+    /// The built file.
+    pub(crate) fn binary(&self) -> Result<&Path> {
+        self.program.last().map(PathBuf::as_path).context("a program")
+    }
+
     /// The same command under an emulator.
     pub(crate) fn under(mut self, emulator: &[&str]) -> Self {
         self.program.splice(0..0, emulator.iter().map(PathBuf::from));

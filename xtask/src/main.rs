@@ -5,19 +5,28 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "tasks talk to a person")]
 
+mod android;
 mod architecture;
+mod binary;
+mod bindings;
 mod checks;
 mod compare;
 mod cross;
 mod demo;
+mod device;
+mod doctor;
 mod edgellm;
 mod fixture;
 mod golden;
+mod ios;
+mod jetson;
 mod latency;
+mod package;
 mod python;
 mod repo;
 mod suite;
 mod synth_model;
+mod toolchain;
 mod train_fixture;
 
 use std::process::ExitCode;
@@ -36,6 +45,7 @@ struct Cli {
 enum Task {
     Demo(demo::Demo),
     Test(suite::Test),
+    Bindings(bindings::Bindings),
     FixtureText(fixture::FixtureText),
     TrainFixture(train_fixture::TrainFixture),
     SynthModel(synth_model::SynthModel),
@@ -49,12 +59,18 @@ enum Task {
     CheckLoraGguf(checks::CheckLoraGguf),
     CheckLatency(latency::CheckLatency),
     ArchCheck(architecture::ArchCheck),
+    BenchDevice(device::BenchDevice),
+    BuildAndroid(android::BuildAndroid),
+    BuildIos(ios::BuildIos),
+    BuildJetson(jetson::BuildJetson),
+    Doctor(doctor::Doctor),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Demo(task) => task.run(),
         Task::Test(task) => task.run(),
+        Task::Bindings(task) => task.run(),
         Task::FixtureText(task) => task.run(),
         Task::TrainFixture(task) => task.run(),
         Task::SynthModel(task) => task.run(),
@@ -68,6 +84,11 @@ fn main() -> ExitCode {
         Task::CheckLoraGguf(task) => task.run(),
         Task::CheckLatency(task) => task.run(),
         Task::ArchCheck(task) => task.run(),
+        Task::BenchDevice(task) => task.run(),
+        Task::BuildAndroid(task) => task.run(),
+        Task::BuildIos(task) => task.run(),
+        Task::BuildJetson(task) => task.run(),
+        Task::Doctor(task) => task.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -76,4 +97,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Ends the program as one whose command line cannot be meant.
+fn usage(error: &anyhow::Error) -> ! {
+    eprintln!("error: {error:#}");
+    std::process::exit(2)
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use anyhow::{Context, Result};
-use xshell::Shell;
+use xshell::{Shell, cmd};
 
 /// The root of the repository.
 pub(crate) fn root() -> Result<PathBuf> {
@@ -31,6 +31,11 @@ pub(crate) fn scratch(name: &str) -> Result<PathBuf> {
     let folder = target()?.join("xtask").join(name);
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     Ok(folder)
+}
+
+/// Whether a program is on the path.
+pub(crate) fn has_program(name: &str) -> bool {
+    shell().is_ok_and(|shell| cmd!(shell, "which {name}").quiet().ignore_stdout().ignore_stderr().run().is_ok())
 }
 
 /// A file or folder of the shared material beside the clone, which tasks use where it is there.

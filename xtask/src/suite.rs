@@ -10,7 +10,8 @@ use clap::Args;
 use xshell::{Cmd, cmd};
 
 use crate::edgellm::{Edgellm, SMOLLM2};
-use crate::{checks, cross, demo, golden, repo};
+use crate::toolchain::Toolchain;
+use crate::{android, bindings, checks, cross, demo, device, golden, ios, jetson, repo};
 
 /// Runs everything that CI runs.
 #[derive(Args)]
@@ -24,7 +25,7 @@ pub(crate) struct Test {
 }
 
 /// How a step ended, other than by an error.
-enum Outcome {
+pub(crate) enum Outcome {
     Passed(String),
     NotRun(String),
 }
@@ -39,12 +40,17 @@ struct Step {
 const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
 const NO_GOLDEN: &str = "no ../shared/golden";
 
-const STEPS: [Step; 22] = [
+const STEPS: [Step; 38] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
     Step { name: "examples in the docs", quick: true, run: doc_tests },
     Step { name: "demo on the fixture", quick: true, run: demo_run },
+    Step { name: "bindings: C", quick: false, run: bindings::c },
+    Step { name: "bindings: Python", quick: false, run: bindings::python },
+    Step { name: "bindings: Kotlin", quick: false, run: bindings::kotlin },
+    Step { name: "bindings: Swift", quick: false, run: bindings::swift },
+    Step { name: "bindings: cold start", quick: false, run: bindings::cold_start },
     Step { name: "operators on ndarray and wgpu", quick: false, run: wgpu_operators },
     Step { name: "aarch64: build", quick: false, run: || on_aarch64(cross::build) },
     Step {
@@ -63,6 +69,17 @@ const STEPS: [Step; 22] = [
         run: || on_aarch64(|| cross::kernel_tests("cortex-a57", "neon")),
     },
     Step { name: "aarch64: the command", quick: false, run: || on_aarch64(|| cross::command("max")) },
+    Step { name: "aarch64: demo, -cpu max", quick: false, run: || on_aarch64(|| cross::demo("max")) },
+    Step { name: "aarch64: demo, -cpu cortex-a57", quick: false, run: || on_aarch64(|| cross::demo("cortex-a57")) },
+    Step { name: "android arm64: compile", quick: false, run: || android_compile("arm64-v8a") },
+    Step { name: "android x86_64: compile", quick: false, run: || android_compile("x86_64") },
+    Step { name: "android: archive", quick: false, run: || android::check_archive().map(Outcome::Passed) },
+    Step { name: "ios: compile, framework", quick: false, run: ios_compile },
+    Step { name: "jetson: package, size of the library", quick: false, run: || on_aarch64(jetson::check_package) },
+    Step { name: "devices: local", quick: false, run: || matrix_device("local").map(Outcome::Passed) },
+    Step { name: "devices: qemu, -cpu max", quick: false, run: || on_aarch64(|| matrix_device("qemu-max")) },
+    Step { name: "devices: qemu, -cpu cortex-a57", quick: false, run: || on_aarch64(|| matrix_device("qemu-a57")) },
+    Step { name: "devices: ssh to this machine", quick: false, run: ssh_device },
     Step {
         name: "adapter layout",
         quick: false,
@@ -262,6 +279,34 @@ fn on_aarch64(step: impl Fn() -> Result<String>) -> Result<Outcome> {
     match cross::missing() {
         Some(reason) => Ok(Outcome::NotRun(reason)),
         None => step().map(Outcome::Passed),
+    }
+}
+
+/// Where no toolchain can compile for a target, nothing was run.
+fn with_toolchain(target: &str, step: impl Fn() -> Result<String>) -> Result<Outcome> {
+    match Toolchain::find(target) {
+        Err(reason) => Ok(Outcome::NotRun(format!("{reason:#}"))),
+        Ok(_) => step().map(Outcome::Passed),
+    }
+}
+
+fn android_compile(abi: &str) -> Result<Outcome> {
+    with_toolchain(android::Abi::find(abi)?.target, || android::check_without_ndk(abi))
+}
+
+fn ios_compile() -> Result<Outcome> {
+    with_toolchain(ios::DEVICE.target, ios::check)
+}
+
+/// A device of the repository's matrix.
+fn matrix_device(name: &str) -> Result<String> {
+    device::check(&repo::root()?.join("docs/devices.toml"), name)
+}
+
+fn ssh_device() -> Result<Outcome> {
+    match device::sshd::missing() {
+        Some(reason) => Ok(Outcome::NotRun(reason)),
+        None => device::sshd::check().map(Outcome::Passed),
     }
 }
 

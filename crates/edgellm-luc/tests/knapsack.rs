@@ -100,9 +100,9 @@ fn check<const N: usize>(
         (Ok(found), Some(best)) => {
             let chosen = || classes.iter().zip(&found.items).map(|(c, &i)| c[i]);
             prop_assert_eq!(found.items.len(), classes.len());
-            for r in 0..N {
+            for (r, limit) in limits.iter().enumerate() {
                 prop_assert_eq!(chosen().map(|i| i.costs[r]).sum::<u64>(), found.costs[r]);
-                prop_assert!(found.costs[r] <= limits[r]);
+                prop_assert!(found.costs[r] <= *limit);
             }
             prop_assert!((chosen().map(|i| i.damage).sum::<f64>() - found.damage).abs() < 1e-9);
             prop_assert!(found.damage >= best - 1e-9);

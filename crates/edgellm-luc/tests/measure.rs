@@ -130,7 +130,11 @@ fn a_run_goes_on_where_another_was_stopped() {
     );
     assert!(stopped.is_err() && written.len() == 3);
     let mut new = 0;
-    let resumed = measure(&decoder, &trials, &written, &mut |_| Ok(new += 1), &mut |_| {}).unwrap();
+    let mut count = |_: &[_]| {
+        new += 1;
+        Ok(())
+    };
+    let resumed = measure(&decoder, &trials, &written, &mut count, &mut |_| {}).unwrap();
     assert_eq!((resumed, new), (whole, 2));
 }
 

@@ -28,17 +28,23 @@ pub(crate) struct Demo {
 
 impl Demo {
     pub(crate) fn run(&self) -> Result<()> {
-        match &self.model {
-            Some(name) => show(&Settings::real(name)),
-            None => show(&Settings::fixture()?),
-        }
-        .map(drop)
+        let settings = match &self.model {
+            Some(name) => Settings::real(name),
+            None => Settings::fixture()?,
+        };
+        show(&settings, Edgellm::build(&[])?).map(drop)
     }
 }
 
 /// The demo on the fixture; returns one line that sums it up.
 pub(crate) fn on_fixture() -> Result<String> {
-    show(&Settings::fixture()?)
+    show(&Settings::fixture()?, Edgellm::build(&[])?)
+}
+
+/// A short demo on the fixture with another build of the command, such as one under an emulator; `name` tells its files
+/// from those of other demos.
+pub(crate) fn short(edgellm: Edgellm, name: &str) -> Result<String> {
+    show(&Settings::short(name)?, edgellm)
 }
 
 /// What differs between the tiny model and a real one.
@@ -59,6 +65,8 @@ struct Settings {
     exits: &'static str,
     /// How many of the held-out examples are looked at.
     heldout: usize,
+    /// Of what it writes, in the target folder.
+    folder: String,
 }
 
 impl Settings {
@@ -78,6 +86,21 @@ impl Settings {
             lr: "4e-3",
             exits: "4",
             heldout: usize::MAX,
+            folder: "demo".to_owned(),
+        })
+    }
+
+    /// Every stage on the fixture, each with little to do.
+    fn short(name: &str) -> Result<Self> {
+        Ok(Self {
+            title: format!("the tiny model of fixtures/, on {name}"),
+            measure: &["--calibrate-windows", "2", "--calibrate-context", "64", "--group-size", "32"],
+            context: "128",
+            windows: "2",
+            steps: "24",
+            heldout: 8,
+            folder: format!("demo-{name}"),
+            ..Self::fixture()?
         })
     }
 
@@ -108,6 +131,7 @@ impl Settings {
             lr: "1e-3",
             exits: "2",
             heldout: 24,
+            folder: "demo".to_owned(),
         }
     }
 }
@@ -115,10 +139,10 @@ impl Settings {
 const QUESTION: &str = "What is my bedtime?";
 
 /// Runs every stage, prints the summary, and returns its first line.
-fn show(settings: &Settings) -> Result<String> {
+fn show(settings: &Settings, edgellm: Edgellm) -> Result<String> {
     println!("EdgeLLM on {}: smaller, then tuned to one user, all on this machine.\n", settings.title);
     let start = Instant::now();
-    let mut stages = Stages::new(settings)?;
+    let mut stages = Stages::new(settings, edgellm)?;
     let parameters = stages.prepare()?;
     let units = stages.plan()?;
     let (bytes_before, bytes_after) = stages.compress()?;
@@ -167,9 +191,8 @@ struct Stages<'a> {
 const N_STAGES: usize = 7;
 
 impl<'a> Stages<'a> {
-    fn new(settings: &'a Settings) -> Result<Self> {
-        let edgellm = Edgellm::build(&[])?;
-        let folder = repo::target()?.join("demo");
+    fn new(settings: &'a Settings, edgellm: Edgellm) -> Result<Self> {
+        let folder = repo::target()?.join(&settings.folder);
         match fs::remove_dir_all(&folder) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 return Err(e).context("cannot clear the demo's folder");

@@ -168,7 +168,7 @@ mod tests {
         for (format, q) in dense() {
             for (seed, magnitude) in [0.5, 3e-3, 1e-5, 60.0].into_iter().enumerate() {
                 let groups = q.groups(cols);
-                let sign = |i: usize| if q.symmetric && i % 3 == 0 { -magnitude } else { magnitude };
+                let sign = |i: usize| if q.symmetric && i.is_multiple_of(3) { -magnitude } else { magnitude };
                 let noise = |seed| noise(rows * groups, seed);
                 let mut scales: Vec<f32> =
                     noise(seed as u32).iter().enumerate().map(|(i, v)| sign(i) * (v + 0.03)).collect();

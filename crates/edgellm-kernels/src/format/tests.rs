@@ -179,7 +179,8 @@ fn two_level_scales_by_hand() {
     // up from 0x3b80_8081 to 0x3b81, 0.003936767578125: codes are 254.02 and 25.4, rounded up: 255, 26 and 0.
     let (scales, values) = packed("q4g32a-8");
     assert_eq!(scales, [0x3f80_3b81, 26 << 8 | 255, 0xff << 8 | 0xf8]);
-    let (first, second) = (255.0 * 0.003_936_767_578_125f32, 26.0 * 0.003_936_767_578_125f32);
+    let unit = 0.003_936_767_6_f32;
+    let (first, second) = (255.0 * unit, 26.0 * unit);
     assert_eq!(values[..4], [-8.0, 15.0 * first - 8.0, 9.0 * first - 8.0, 8.0 * first - 8.0]);
     assert_eq!(values[32..36], [-1.0, 15.0 * second - 1.0, 10.0 * second - 1.0, 7.0 * second - 1.0]);
     assert_eq!(values[64..], [0.0; 32]);

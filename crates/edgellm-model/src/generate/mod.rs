@@ -152,6 +152,19 @@ impl<'a> Generator<'a> {
         self
     }
 
+    /// The same generator, going on with a cache that [`Generator::into_cache`] gave: its tokens were run with the same
+    /// decoder and adapter.
+    #[must_use]
+    pub fn with_cache(mut self, cache: KvCache) -> Self {
+        self.core.cache = cache;
+        self
+    }
+
+    /// The cache, for a later generator: it holds what was run, and `len` of the last block says how many tokens.
+    pub fn into_cache(self) -> KvCache {
+        self.core.cache
+    }
+
     /// The same generator, which drafts tokens and verifies them together: the same text, sooner.
     ///
     /// # Errors
