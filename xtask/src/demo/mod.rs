@@ -53,7 +53,9 @@ struct Settings {
     title: String,
     pull: bool,
     target_bpw: &'static str,
-    /// What `measure` is told of the calibration text and of the formats.
+    /// Windows of the calibration text, and tokens of each.
+    calibrate: [&'static str; 2],
+    /// What else `measure` is told.
     measure: &'static [&'static str],
     context: &'static str,
     windows: &'static str,
@@ -77,7 +79,8 @@ impl Settings {
             title: "the tiny model of fixtures/".to_owned(),
             pull: false,
             target_bpw: "3.0",
-            measure: &["--calibrate-context", "256", "--group-size", "32,64"],
+            calibrate: ["64", "256"],
+            measure: &["--group-size", "32,64"],
             context: "256",
             windows: "24",
             steps: "800",
@@ -94,7 +97,8 @@ impl Settings {
     fn short(name: &str) -> Result<Self> {
         Ok(Self {
             title: format!("the tiny model of fixtures/, on {name}"),
-            measure: &["--calibrate-windows", "2", "--calibrate-context", "64", "--group-size", "32"],
+            calibrate: ["2", "64"],
+            measure: &["--bits", "2,3,4", "--group-size", "32", "--compare-windows", "2", "--compare-context", "32"],
             context: "128",
             windows: "2",
             steps: "24",
@@ -111,18 +115,8 @@ impl Settings {
             pull: true,
             target_bpw: "4.8",
             // Few tokens: a first impression in about a minute.
-            measure: &[
-                "--calibrate-windows",
-                "8",
-                "--calibrate-context",
-                "256",
-                "--compare-windows",
-                "2",
-                "--compare-context",
-                "64",
-                "--group-size",
-                "32",
-            ],
+            calibrate: ["16", "256"],
+            measure: &["--compare-windows", "2", "--compare-context", "64", "--group-size", "32"],
             context: "256",
             windows: "4",
             steps: "140",
@@ -230,11 +224,17 @@ impl<'a> Stages<'a> {
         })
     }
 
+    /// The calibration's size as arguments.
+    fn windows(&self) -> [&'static str; 4] {
+        let [windows, context] = self.settings.calibrate;
+        ["--calibrate-windows", windows, "--calibrate-context", context]
+    }
+
     fn plan(&mut self) -> Result<Vec<Unit>> {
         self.stage("measure: how much each layer suffers from each width", |s| {
             let (out, calibration) = (s.path("measurement.json")?, s.fixture("text/calibration.txt")?);
             let args = ["measure", "-m", &s.settings.model, "-o", &out, "--calibrate", &calibration];
-            s.edgellm.json(args.into_iter().chain(s.settings.measure.iter().copied()))
+            s.edgellm.json(args.into_iter().chain(s.windows()).chain(s.settings.measure.iter().copied()))
         })?;
         self.stage("plan: the widths that cost least for the size", |s| {
             let (measurement, out) = (s.path("measurement.json")?, s.path("policy.toml")?);
@@ -251,7 +251,7 @@ impl<'a> Stages<'a> {
             let (policy, out, text) =
                 (s.path("policy.toml")?, s.path("compressed")?, s.fixture("text/calibration.txt")?);
             let args = ["compress", "-m", &s.settings.model, "--policy", &policy, "-o", &out, "--calibrate", &text];
-            let json = s.edgellm.json(args.into_iter().chain(["--calibrate-context", "256"]))?;
+            let json = s.edgellm.json(args.into_iter().chain(s.windows()))?;
             Ok((number(&json, "bytes_before")?, number(&json, "bytes_after")?))
         })
     }
