@@ -48,12 +48,12 @@ pub use arch::{Ceilings, Isa, active_isa, force_isa, measure_ceilings};
 pub use error::{KernelError, Result};
 pub use flex::{
     BlockCache, BlockGradients, BlockLinear, BlockScratch, BlockTape, BlockView, CacheType, Dropout, HEAD_CHUNK,
-    HeadLoss, KernelInfo, LoraGradient, decoder_block, decoder_block_backward, decoder_block_recorded,
-    decoder_block_uncached, head_loss, kernels, log_softmax_row,
+    HeadLoss, HeadView, KernelInfo, LoraGradient, decoder_block, decoder_block_backward, decoder_block_recorded,
+    decoder_block_uncached, head_divergence, head_loss, kernels, log_softmax_row,
 };
 pub use format::{
-    Arrangement, Compensation, FAMILIES, Family, Format, InputGram, PackedLayout, QuantFormat, RoundingGoal, ScaleType,
-    SparsePattern, prune_compensated,
+    Arrangement, Compensation, FAMILIES, Family, Format, GridGradients, InputGram, PackedLayout, QuantFormat,
+    RoundingGoal, ScaleType, SparsePattern, TrainableMatrix, prune_compensated,
 };
 pub use host::PackedHost;
 pub use matrix::{Lora, PackedMatrix};

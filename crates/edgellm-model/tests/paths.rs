@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use edgellm_kernels::{BlockGradients, BlockScratch, CacheType, Lora, LoraGradient};
 use edgellm_model::adapter::{Adapter, LoraConfig, Targets};
 use edgellm_model::config::ModelConfig;
@@ -196,7 +196,7 @@ fn zeros(adapter: &Adapter) -> BlockGradients {
         a: vec![0.0; lora.a.shape().num_elements()],
         b: vec![0.0; lora.b.shape().num_elements()],
     };
-    BlockGradients { linears: Projection::ALL.map(|p| block.get(p).map(zeros)) }
+    BlockGradients { linears: Projection::ALL.map(|p| block.get(p).map(zeros)), ..Default::default() }
 }
 
 const SEQUENCES: [&[u32]; 3] = [&IDS, &[7], &[3, 1, 4, 1, 5, 9, 2, 6]];
@@ -219,6 +219,44 @@ fn gradients_on_both_paths() {
                 let error = found.iter().zip(expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs())) / scale;
                 let what = &config.architecture.model_type;
                 assert!(error <= 2e-5, "{what}, gradient {i} of {window:?}: {error:e} of {scale:e}");
+            }
+        }
+    }
+}
+
+/// The gradients of a low-rank update `s B A` follow from that of the weight: `dB = s dW A^T`, `dA = s B^T dW`.
+#[test]
+fn gradients_of_weights_and_of_updates_agree() {
+    let config = tiny_config(json!({}));
+    let decoder = decoder_of(&config, 6, &Device::flex());
+    let adapter = adapter_of(&config);
+    let n = decoder.n_blocks();
+    let lengths = SEQUENCES.map(<[u32]>::len);
+    let targets: Vec<u32> = SEQUENCES.iter().flat_map(|ids| ids.iter().map(|id| id / 2)).collect();
+    let mut x = decoder.embed_slices(&SEQUENCES).unwrap();
+    let (mut scratch, mut tapes) = (BlockScratch::default(), Vec::new());
+    let mut pass = SlicePass::new(&decoder, &adapter, &lengths, &mut scratch);
+    pass.record(&mut x, 0..n, |_| true, &mut tapes).unwrap();
+    let mut dy = decoder.loss_on_slices(&x, n, &adapter, &targets, 1.0).d_hidden;
+    for index in (0..n).rev() {
+        let mut gradients = zeros(&adapter);
+        for (weight, projection) in gradients.weights.iter_mut().zip(Projection::ALL) {
+            *weight = Some(vec![0.0; config.projection_shape(projection).iter().product()]);
+        }
+        pass.backward_block(&mut dy, index, &mut tapes[index], index > 0, &mut gradients).unwrap();
+        for projection in Projection::ALL {
+            let lora = adapter.block(index).unwrap().get(projection).unwrap();
+            let device = Device::flex();
+            let dw = gradients.weights[projection as usize].clone().unwrap();
+            let dw = Tensor::<2>::from_data(TensorData::new(dw, config.projection_shape(projection)), &device);
+            let of_a = lora.b.clone().transpose().matmul(dw.clone()).mul_scalar(lora.scaling);
+            let of_b = dw.matmul(lora.a.clone().transpose()).mul_scalar(lora.scaling);
+            let found = gradients.linears[projection as usize].as_ref().unwrap();
+            for (found, expected) in [(&found.a, of_a), (&found.b, of_b)] {
+                let expected = to_vec(expected).unwrap();
+                let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                let error = found.iter().zip(&expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+                assert!(scale > 0.0 && error <= 1e-4 * scale, "block {index}, {projection:?}: {error:e} of {scale:e}");
             }
         }
     }

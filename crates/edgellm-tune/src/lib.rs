@@ -18,6 +18,7 @@ pub mod lens;
 pub mod memory;
 pub mod optimizer;
 pub mod order;
+pub mod recover;
 mod step;
 mod trainer;
 pub mod vote;

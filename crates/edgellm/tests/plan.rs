@@ -256,6 +256,30 @@ fn a_compressed_model_shows_its_policy() {
 }
 
 #[test]
+fn recovery_says_what_it_recovered_and_keeps_the_size() {
+    let b = Bench::new();
+    let text = "--calibrate text.txt --calibrate-windows 4 --calibrate-context 32";
+    let plain = b.json(&format!("compress -m model --format q2g32a -o plain {text}"));
+    assert_eq!(plain["recovery"], Value::Null);
+    let found = b.json(&format!("compress -m model --format q2g32a -o tuned {text} --recover 20"));
+    assert_eq!(found["bytes_after"], plain["bytes_after"]);
+    let recovery = &found["recovery"];
+    let kept = number(recovery, "divergence_after") < number(recovery, "divergence_before");
+    assert_eq!((&recovery["kept"], &recovery["steps"]), (&json!(kept), &json!(20)));
+    let weights = |dir: &str| std::fs::read(b.path(dir).join("model.safetensors")).unwrap();
+    assert_eq!(weights("plain") != weights("tuned"), kept, "{found}");
+    assert_eq!(b.json("inspect plain")["policy"], b.json("inspect tuned")["policy"]);
+    assert!(
+        b.ok(&format!("compress -m model --format q2g32a -o again {text} --recover 2 --prepare"))
+            .contains("kept apart")
+    );
+    b.fails("compress -m model --format q2g32a -o none --recover 0", 2);
+    b.fails(&format!("compress -m model --format q2g32a -o none {text} --recover 2 --recover-batch 0"), 2);
+    let message = b.fails("compress -m model --format q2g32a -o none --calibrate text.txt --recover 2", 1);
+    assert!(message.contains("--calibrate-context") || message.contains("windows"), "{message}");
+}
+
+#[test]
 fn a_search_keeps_the_budget_and_beats_or_equals_its_start() {
     let b = Bench::new();
     let text = "--calibrate text.txt --calibrate-windows 4 --calibrate-context 64";

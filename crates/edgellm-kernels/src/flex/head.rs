@@ -8,6 +8,8 @@
 //! Where both are wanted at once ([`head_loss`]), a few tokens at a time keep their logits in between, so that nothing
 //! is computed twice.
 
+mod divergence;
+
 use burn::backend::Flex;
 use burn::tensor::Tensor;
 use rayon::prelude::*;
@@ -21,6 +23,8 @@ use crate::arch::{Kernel, Part, Task, Tokens8, vectorized};
 use crate::format::PANEL_ROWS;
 use crate::matrix::PackedMatrix;
 use crate::panels::Panels;
+
+pub use divergence::{HeadView, head_divergence};
 
 /// Panels of a tile of a prepared head.
 const TILE_PANELS: usize = 16;

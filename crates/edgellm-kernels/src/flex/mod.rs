@@ -28,7 +28,7 @@ pub use block::{
 };
 pub use cache::{BlockCache, CacheType};
 pub(crate) use exp::exp;
-pub use head::{HEAD_CHUNK, HeadLoss, head_loss};
+pub use head::{HEAD_CHUNK, HeadLoss, HeadView, head_divergence, head_loss};
 
 type Float = FloatTensor<Flex>;
 type Int = IntTensor<Flex>;

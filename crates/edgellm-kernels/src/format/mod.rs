@@ -15,6 +15,7 @@ mod grouped;
 mod refit;
 mod scales;
 pub(crate) mod sparse;
+mod trainable;
 
 use core::ops::Range;
 
@@ -30,6 +31,7 @@ pub use refit::RoundingGoal;
 pub use scales::ScaleType;
 pub(crate) use scales::Units;
 pub use sparse::SparsePattern;
+pub use trainable::{GridGradients, TrainableMatrix};
 
 /// Rows of a panel of a prepared matrix.
 pub(crate) const PANEL_ROWS: usize = 16;

@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use burn::tensor::Device;
 use edgellm_kernels::{
-    BlockGradients, BlockScratch, BlockTape, BlockView, Dropout, HeadLoss, decoder_block_backward,
-    decoder_block_recorded, decoder_block_uncached, head_loss,
+    BlockGradients, BlockScratch, BlockTape, BlockView, Dropout, HeadLoss, HeadView, decoder_block_backward,
+    decoder_block_recorded, decoder_block_uncached, head_divergence, head_loss,
 };
 
 use super::block::BlockContext;
@@ -20,7 +20,7 @@ use crate::generate::to_vec;
 /// Passes through blocks on slices, for one batch.
 pub struct SlicePass<'a> {
     decoder: &'a Decoder,
-    adapter: &'a Adapter,
+    adapter: Option<&'a Adapter>,
     lengths: &'a [usize],
     rope: RopeSlice,
     scratch: &'a mut BlockScratch,
@@ -81,18 +81,35 @@ impl Decoder {
         let Weight::Packed(head) = self.head() else { panic!("a head that is not packed") };
         head_loss(hidden, norm, self.config.rms_norm_eps, head, targets, weight)
     }
+
+    /// How far this model's next-token distributions are from `base`'s, `weight * sum_t KL(base | this)`, behind the last
+    /// blocks, and the gradients with respect to this model's hidden states and final norm.
+    ///
+    /// # Shapes
+    /// `base_hidden`: `[tokens, d of the base]`; `hidden`: `[tokens, d]`.
+    ///
+    /// # Panics
+    /// If shapes disagree, or a head is not packed or not on the CPU device.
+    pub fn divergence_on_slices(&self, base: &Decoder, base_hidden: &[f32], hidden: &[f32], weight: f32) -> HeadLoss {
+        head_divergence(&base.head_view(base_hidden), &self.head_view(hidden), weight)
+    }
+
+    fn head_view<'a>(&'a self, hidden: &'a [f32]) -> HeadView<'a> {
+        let Weight::Packed(head) = self.head() else { panic!("a head that is not packed") };
+        HeadView { hidden, norm: &self.final_norm, head, eps: self.config.rms_norm_eps }
+    }
 }
 
 impl<'a> SlicePass<'a> {
     /// Passes for sequences of these lengths.
     pub fn new(
         decoder: &'a Decoder,
-        adapter: &'a Adapter,
+        adapter: impl Into<Option<&'a Adapter>>,
         lengths: &'a [usize],
         scratch: &'a mut BlockScratch,
     ) -> Self {
         let rope = decoder.rope.slice(0, lengths.iter().copied().max().unwrap_or(0).max(1));
-        SlicePass { decoder, adapter, lengths, rope, scratch, dropout: None }
+        SlicePass { decoder, adapter: adapter.into(), lengths, rope, scratch, dropout: None }
     }
 
     /// The same passes with dropout of the low-rank updates' inputs in recorded blocks, forward and backward.
@@ -141,8 +158,8 @@ impl<'a> SlicePass<'a> {
         Ok(())
     }
 
-    /// Takes `dy`, the gradient of the last block's output, back through the blocks; adds the gradients of the low-rank
-    /// updates to `gradients`, one for each block of the range.
+    /// Takes `dy`, the gradient of the last block's output, back through the blocks; adds the gradients of parameters to
+    /// `gradients`, one for each block of the range. The gradient of the first block's input is not computed.
     ///
     /// # Errors
     /// The weights of a block cannot be read.
@@ -158,12 +175,30 @@ impl<'a> SlicePass<'a> {
     ) -> Result<(), ModelError> {
         let first = range.start;
         for ((index, tape), gradients) in range.zip(tapes).zip(gradients).rev() {
-            let _span = tracing::trace_span!("block_backward", index).entered();
-            self.with(index, self.dropout, |view, lengths, scratch| {
-                decoder_block_backward(dy, lengths, view, tape, index > first, gradients, scratch);
-            })?;
+            self.backward_block(dy, index, tape, index > first, gradients)?;
         }
         Ok(())
+    }
+
+    /// As [`SlicePass::backward`], through block `index` alone; `dy` becomes the gradient of its input if `input_gradient`.
+    ///
+    /// # Errors
+    /// The weights of the block cannot be read.
+    ///
+    /// # Panics
+    /// If shapes disagree with the recorded pass.
+    pub fn backward_block(
+        &mut self,
+        dy: &mut [f32],
+        index: usize,
+        tape: &mut BlockTape,
+        input_gradient: bool,
+        gradients: &mut BlockGradients,
+    ) -> Result<(), ModelError> {
+        let _span = tracing::trace_span!("block_backward", index).entered();
+        self.with(index, self.dropout, |view, lengths, scratch| {
+            decoder_block_backward(dy, lengths, view, tape, input_gradient, gradients, scratch);
+        })
     }
 
     /// Calls `f` with block `index`.
@@ -174,7 +209,8 @@ impl<'a> SlicePass<'a> {
         f: impl FnOnce(&BlockView<'_>, &[usize], &mut BlockScratch) -> R,
     ) -> Result<R, ModelError> {
         let block = self.decoder.store.block(index)?;
-        let view = block.view(self.decoder.context(index, &self.rope), self.adapter.block(index));
+        let view =
+            block.view(self.decoder.context(index, &self.rope), self.adapter.and_then(|adapter| adapter.block(index)));
         let mut view = view.expect("a block that runs on slices");
         let mixed = |dropout: Dropout| Dropout { seed: dropout.seed.wrapping_add((index as u64) << 32), ..dropout };
         view.dropout = dropout.map(mixed);

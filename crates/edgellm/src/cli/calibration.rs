@@ -44,6 +44,18 @@ impl CalibrationArgs {
 
     /// Windows of token ids, all of one length.
     pub(super) fn windows(&self, ctx: &Context, model: &LoadedModel) -> anyhow::Result<Vec<Vec<u32>>> {
+        let windows = self.up_to(model, self.windows)?;
+        if windows.len() < self.windows {
+            let (found, wanted, context) = (windows.len(), self.windows, windows[0].len());
+            ctx.say(&format!(
+                "note: the calibration text has {found} windows of {context} tokens, {wanted} were asked for"
+            ));
+        }
+        Ok(windows)
+    }
+
+    /// As [`windows`](Self::windows), another number of them, or all that the text has; at least one.
+    pub(super) fn up_to(&self, model: &LoadedModel, wanted: usize) -> anyhow::Result<Vec<Vec<u32>>> {
         let ids = match self.file.as_deref() {
             Some(path) if is_examples(path) => {
                 let examples = self.data.read(model, path)?.examples;
@@ -57,13 +69,7 @@ impl CalibrationArgs {
             anyhow::bail!("calibration text: expected at least 2 tokens, found {}", ids.len());
         }
         let all: Vec<&[u32]> = ids.chunks_exact(context).collect();
-        if all.len() < self.windows {
-            let (found, wanted) = (all.len(), self.windows);
-            ctx.say(&format!(
-                "note: the calibration text has {found} windows of {context} tokens, {wanted} were asked for"
-            ));
-        }
-        Ok(chosen(all.len(), self.windows, self.seed).into_iter().map(|i| all[i].to_vec()).collect())
+        Ok(chosen(all.len(), wanted, self.seed).into_iter().map(|i| all[i].to_vec()).collect())
     }
 }
 

@@ -15,6 +15,7 @@ use super::compressors::CompressorChoice;
 use super::failure::{Usage, usage};
 use super::output::bytes;
 use super::progress::Counted;
+use super::recover::{RecoverArgs, Recovered};
 use super::{Context, check_output_dir, interrupt, stop_if_requested};
 
 /// Apply a policy and write a smaller model
@@ -39,6 +40,8 @@ pub(crate) struct Compress {
     compressor: CompressorChoice,
     #[command(flatten)]
     calibration: CalibrationArgs,
+    #[command(flatten)]
+    recover: RecoverArgs,
     /// Write the packed weights as the CPU's integer kernels use them, so that loading does not prepare them
     #[arg(long)]
     prepare: bool,
@@ -60,12 +63,13 @@ impl Compress {
             return Err(Usage(format!("--output: expected another folder than the model {}", source.display())).into());
         }
         self.calibration.check()?;
+        self.recover.check()?;
         let files = ModelFiles::open(&source)?;
         let policy = match (&self.policy, format) {
             (Some(path), _) => read_value::<CompressionPolicy>(path)?,
             (None, Some(format)) if format.packed()?.quantized().is_none() => {
                 let applied = self.export(ctx, &files, format.packed()?)?;
-                return self.report(ctx, applied);
+                return self.report(ctx, applied, None);
             }
             (None, Some(format)) => uniform_policy(files.config().n_layers, format).map_err(usage)?,
             (None, None) => return Err(Usage("expected --policy or --format".into()).into()),
@@ -81,11 +85,13 @@ impl Compress {
             }
         }
         let compressor = self.compressor.compressor();
-        let calibration = if compressor.needs_inputs() {
-            self.calibration.windows(ctx, &ctx.load_reference(&self.model)?)?
-        } else {
-            Vec::new()
+        let needs_base = compressor.needs_inputs() || self.recover.is_wanted();
+        let base = needs_base.then(|| ctx.load_reference(&self.model)).transpose()?;
+        let calibration = match &base {
+            Some(base) if compressor.needs_inputs() => self.calibration.windows(ctx, base)?,
+            _ => Vec::new(),
         };
+        let text = base.as_ref().map(|base| self.recover.text(&self.calibration, base)).transpose()?.flatten();
         let arrangement = if self.prepare { Arrangement::Panels } else { Arrangement::Rows };
         let mut progress = ctx.progress("compress", 0, Counted::Items("tensors"));
         let applied = interrupt::stoppable(|| {
@@ -104,7 +110,11 @@ impl Compress {
             Ok(compress_model(&files, &how, &self.output, on_tensor)?)
         })?;
         progress.finish();
-        self.report(ctx, applied)
+        let recovered = match (&base, &text) {
+            (Some(base), Some(text)) => Some(text.recover(ctx, base, &self.output)?),
+            _ => None,
+        };
+        self.report(ctx, applied, recovered)
     }
 
     /// Writes a plain directory in f32 or f16, which other programs read like any other.
@@ -128,16 +138,19 @@ impl Compress {
         Ok(Applied { bytes_before: files.file_bytes(), bytes_after, bits_per_weight })
     }
 
-    fn report(&self, ctx: &Context, applied: Applied) -> anyhow::Result<()> {
+    fn report(&self, ctx: &Context, applied: Applied, recovered: Option<Recovered>) -> anyhow::Result<()> {
         let json = json!({
             "bytes_before": applied.bytes_before, "bytes_after": applied.bytes_after,
             "bits_per_weight": applied.bits_per_weight, "path": self.output,
+            "recovery": recovered.map(|recovered| recovered.json()),
         });
         ctx.result(json, || {
             let (before, after) = (applied.bytes_before, applied.bytes_after);
             let ratio = before as f64 / after.max(1) as f64;
             let sizes = format!("{} became {}, {ratio:.2} times smaller", bytes(before), bytes(after));
-            format!("{sizes}, {:.3} bits per weight; wrote {}\n", applied.bits_per_weight, self.output.display())
+            let recovered = recovered.map(|recovered| recovered.text()).unwrap_or_default();
+            let bits = applied.bits_per_weight;
+            format!("{sizes}, {bits:.3} bits per weight; wrote {}\n{recovered}", self.output.display())
         })
     }
 }

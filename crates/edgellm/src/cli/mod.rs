@@ -23,6 +23,7 @@ mod profile;
 mod progress;
 mod prompt;
 mod pull;
+mod recover;
 mod run;
 mod run_adapters;
 mod search;
@@ -142,7 +143,7 @@ impl Context {
         self.load_with(name, Activations::F32)
     }
 
-    fn load_with(&self, name: &str, activations: Activations) -> anyhow::Result<LoadedModel> {
+    pub(crate) fn load_with(&self, name: &str, activations: Activations) -> anyhow::Result<LoadedModel> {
         let path = self.store.resolve(name)?;
         // A device that is not there is reported before a file is read.
         let options = self.device.load_options(activations)?;

@@ -7,7 +7,7 @@
 //! block's input alone, at the price of a second forward pass.
 
 use super::attention::{self, Parts};
-use super::linear::{Linear, LoraGradient};
+use super::linear::{LayerGradients, Linear, LoraGradient};
 use super::pointwise::{rms_norm, rms_norm_backward, swiglu, swiglu_backward};
 use super::{Activations, BlockScratch, BlockView, host, run_uncached, slice};
 use crate::arch::Kernel;
@@ -30,11 +30,22 @@ impl BlockTape {
     }
 }
 
-/// The gradients of a block's low-rank updates, in the order of [`BlockView::linears`].
+/// The gradients of a block's linear layers, in the order of [`BlockView::linears`].
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct BlockGradients {
-    /// `None` for a layer whose update is not trained.
+    /// Of low-rank updates; `None` for a layer whose update is not trained.
     pub linears: [Option<LoraGradient>; 7],
+    /// Of whole weight matrices, `[out, in]`; `None` where nobody asks for it.
+    pub weights: [Option<Vec<f32>>; 7],
+}
+
+impl BlockGradients {
+    fn each_mut(&mut self) -> [LayerGradients<'_>; 7] {
+        let mut weights = self.weights.iter_mut();
+        self.linears
+            .each_mut()
+            .map(|lora| LayerGradients { lora: lora.as_mut(), weight: weights.next().and_then(Option::as_deref_mut) })
+    }
 }
 
 /// Buffers of the backward pass.
@@ -82,7 +93,7 @@ pub fn decoder_block_recorded(
 }
 
 /// The backward pass of a block: `dy`, the gradient of its output, `[tokens, d]`, becomes that of its input (unless
-/// `input_gradient` is false: then it holds nothing of use), and those of the low-rank updates are added to `gradients`.
+/// `input_gradient` is false: then it holds nothing of use), and those that `gradients` has place for are added to it.
 ///
 /// # Panics
 /// If shapes disagree with the recorded pass.
@@ -125,7 +136,7 @@ fn feed_forward(
     scratch: &mut BlockScratch,
 ) {
     let [_, _, _, _, gate, up, down] = Linear::all(block);
-    let [_, _, _, _, grad_gate, grad_up, grad_down] = gradients.linears.each_mut().map(Option::as_mut);
+    let [_, _, _, _, grad_gate, grad_up, grad_down] = gradients.each_mut();
     let BlockScratch { x8, normed, product, backward: b, .. } = scratch;
     swiglu(kernel, &acts.gate, &acts.up, product);
     b.d_gate.resize(product.len(), 0.0);
@@ -154,7 +165,7 @@ fn attend(
 ) {
     let acts = &tape.acts;
     let [q, k, v, o, _, _, _] = Linear::all(block);
-    let [grad_q, grad_k, grad_v, grad_o, _, _, _] = gradients.linears.each_mut().map(Option::as_mut);
+    let [grad_q, grad_k, grad_v, grad_o, _, _, _] = gradients.each_mut();
     let BlockScratch { x8, normed, backward: b, .. } = scratch;
     b.d_attended.resize(acts.attended.len(), 0.0);
     o.backward(kernel, &acts.attended, dh, x8, Some((&mut b.d_attended, false)), grad_o);

@@ -4,12 +4,16 @@
 use super::dropout::Dropout;
 use super::low_rank::{down, outer, transposed, up, up_few};
 use super::{BlockLinear, BlockView, host};
+use crate::arch::matmul::{ColumnsMut, MatRef};
+use crate::arch::pool::for_each_mut;
 use crate::arch::{Kernel, Part, Tokens8};
 use crate::flex::integer::{Product, multiply};
 use crate::flex::{Float, Packed, linear, slice};
 
 /// Tokens from which the transposed `B` is worth making.
 const FEW: usize = 4;
+/// Rows of a weight's gradient that a thread computes at a time.
+const GRADIENT_ROWS: usize = 96;
 
 /// A linear layer with its buffers at hand.
 pub(super) struct Linear<'a> {
@@ -36,6 +40,14 @@ pub struct LoraGradient {
     pub a: Vec<f32>,
     /// Of `B`, `[rows, rank]`.
     pub b: Vec<f32>,
+}
+
+/// Where the gradients of a layer's parameters are added, of those that are wanted.
+#[derive(Default)]
+pub(super) struct LayerGradients<'a> {
+    pub(super) lora: Option<&'a mut LoraGradient>,
+    /// Of the weight, `[rows, cols]`.
+    pub(super) weight: Option<&'a mut [f32]>,
 }
 
 impl<'a> Linear<'a> {
@@ -91,8 +103,8 @@ impl<'a> Linear<'a> {
         }
     }
 
-    /// The gradient of the input, written or added to `dx` if there is one, and those of the low-rank update, added to
-    /// `gradient`.
+    /// The gradient of the input, written or added to `dx` if there is one, and those of the parameters, added to
+    /// `gradients`.
     ///
     /// `x` is the layer's input, `[tokens, cols]`; `dy` the gradient of its output, `[tokens, rows]`.
     pub(super) fn backward(
@@ -102,8 +114,12 @@ impl<'a> Linear<'a> {
         dy: &[f32],
         dy8: &mut Tokens8,
         mut dx: Option<(&mut [f32], bool)>,
-        gradient: Option<&mut LoraGradient>,
+        gradients: LayerGradients<'_>,
     ) {
+        if let Some(dw) = gradients.weight {
+            weight_gradient(x, dy, self.cols(), dw);
+        }
+        let gradient = gradients.lora;
         if let Some((dx, accumulate)) = &mut dx {
             match self.packed.panels() {
                 Some(matrix) => {
@@ -140,6 +156,18 @@ impl<'a> Linear<'a> {
             }
         }
     }
+}
+
+/// Adds `dy^T x`, `[rows, cols]`, to `dw`.
+fn weight_gradient(x: &[f32], dy: &[f32], cols: usize, dw: &mut [f32]) {
+    let (tokens, rows) = (x.len() / cols, dw.len() / cols);
+    let x = MatRef::new(x, tokens, cols, cols);
+    let mut tiles: Vec<&mut [f32]> = dw.chunks_mut(GRADIENT_ROWS * cols).collect();
+    for_each_mut(&mut tiles, |tile, dw| {
+        let (first, n) = (tile * GRADIENT_ROWS, dw.len() / cols);
+        let dy = MatRef::new(&dy[first..], tokens, n, rows).t();
+        ColumnsMut::whole(dw, n, cols, cols).product(dy, x, 1.0, true);
+    });
 }
 
 impl Tokens8 {
