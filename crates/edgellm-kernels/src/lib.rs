@@ -52,7 +52,7 @@ pub use flex::{
     decoder_block_uncached, head_divergence, head_loss, kernels, log_softmax_row,
 };
 pub use format::{
-    Arrangement, Compensation, FAMILIES, Family, Format, GridGradients, InputGram, PackedLayout, QuantFormat,
+    Arrangement, Compensation, FAMILIES, Family, Format, GroupValues, InputGram, PackedLayout, QuantFormat,
     RoundingGoal, ScaleType, SparsePattern, TrainableMatrix, prune_compensated,
 };
 pub use host::PackedHost;

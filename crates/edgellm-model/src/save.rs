@@ -64,11 +64,25 @@ impl ModelWriter {
         policy: Option<CompressionPolicy>,
         mut layout_of: impl FnMut(&str, PackedLayout) -> Result<PackedLayout>,
     ) -> Result<Self> {
+        Self::create_with_vectors(target, source, policy, &mut layout_of, &mut |_, values| values)
+    }
+
+    /// As [`create_as`](Self::create_as), with norms and biases as `vector_of` makes them of the source's.
+    ///
+    /// # Errors
+    /// As [`create_as`](Self::create_as).
+    pub fn create_with_vectors(
+        target: &Path,
+        source: &ModelFiles,
+        policy: Option<CompressionPolicy>,
+        layout_of: &mut dyn FnMut(&str, PackedLayout) -> Result<PackedLayout>,
+        vector_of: &mut dyn FnMut(&str, Vec<f32>) -> Vec<f32>,
+    ) -> Result<Self> {
         let mut layouts = BTreeMap::new();
         let mut vectors = BTreeMap::new();
         for name in source.names() {
             if source.shape(name)?.len() == 1 {
-                vectors.insert(name.to_owned(), source.vector(name)?);
+                vectors.insert(name.to_owned(), vector_of(name, source.vector(name)?));
                 continue;
             }
             let found = source.layout(name)?;

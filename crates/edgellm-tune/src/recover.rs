@@ -1,15 +1,16 @@
-//! Recovering what compression cost: codes and scales of a packed model are tuned until its next-token distributions come
+//! Recovering what compression cost: scales and norms of a packed model are tuned until its next-token distributions come
 //! closer to those of the model that it was made from.
 //!
 //! No labels are needed, only text: the loss is the mean divergence from the base's distribution at every position
-//! (Hinton et al., arXiv 1503.02531), through the packed model as it will run, with rounded codes and stored scales. What is
-//! trained are the positions behind the codes, the scales and the minima of the blocks' matrices
-//! ([`TrainableMatrix`]); the format, and so the size, stays as it is.
+//! (Hinton et al., arXiv 1503.02531), through the packed model as it will run, with stored scales. What is trained are the
+//! scales and the minima of the blocks' matrices ([`TrainableMatrix`]), and the norms; codes and formats stay as they are, and
+//! so does the size.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use edgellm_kernels::{Arrangement, GridGradients, TrainableMatrix};
+use burn::tensor::{Device, Tensor};
+use edgellm_kernels::{Arrangement, GroupValues, TrainableMatrix};
 use edgellm_model::ModelError;
 use edgellm_model::decoder::{
     Block, BlockGradients, BlockScratch, BlockTape, Decoder, ResidentStore, SlicePass, Weight,
@@ -30,13 +31,13 @@ pub struct RecoverConfig {
     pub batch: usize,
     /// Largest learning rate of scales and minima, as a share of the matrix's mean scale.
     pub scale_rate: f64,
-    /// Largest learning rate of positions, in steps of their grids.
-    pub position_rate: f64,
+    /// Largest learning rate of norms, as a share of the norm's mean weight.
+    pub norm_rate: f64,
 }
 
 impl Default for RecoverConfig {
     fn default() -> Self {
-        Self { steps: 100, batch: 4, scale_rate: 2e-3, position_rate: 2e-3 }
+        Self { steps: 100, batch: 4, scale_rate: 2e-3, norm_rate: 1e-2 }
     }
 }
 
@@ -55,25 +56,24 @@ pub struct RecoverReport {
 struct Trained {
     matrix: TrainableMatrix,
     optimizer: AdamW,
-    gradients: GridGradients,
+    gradients: GroupValues,
     /// Mean size of the scales at the start.
     scale: f64,
     arrangement: Arrangement,
 }
 
 impl Trained {
-    fn new(base: &Weight, packed: &Weight) -> Result<Option<Self>, TuneError> {
+    fn new(packed: &Weight) -> Result<Option<Self>, TuneError> {
         let Weight::Packed(packed) = packed else { return Ok(None) };
         if !TrainableMatrix::exists(packed.layout().format) {
             return Ok(None);
         }
         let host = packed.to_host().map_err(ModelError::from)?;
-        let matrix = TrainableMatrix::new(&host, &to_vec(base.dequantize())?).map_err(ModelError::from)?;
-        let sum: f64 = matrix.scales.iter().map(|scale| f64::from(scale.abs())).sum();
-        let scale = sum / matrix.scales.len() as f64;
-        let optimizer = AdamW::new(AdamWConfig { beta2: 0.95, ..AdamWConfig::default() });
+        let matrix = TrainableMatrix::new(host).map_err(ModelError::from)?;
+        let sum: f64 = matrix.grid.scales.iter().map(|scale| f64::from(scale.abs())).sum();
+        let scale = sum / matrix.grid.scales.len() as f64;
         let arrangement = packed.layout().arrangement;
-        Ok(Some(Self { matrix, optimizer, gradients: GridGradients::default(), scale, arrangement }))
+        Ok(Some(Self { matrix, optimizer: adam(), gradients: GroupValues::default(), scale, arrangement }))
     }
 
     /// One update, of the weights' gradient; `factor` is on both learning rates.
@@ -81,13 +81,11 @@ impl Trained {
         let Self { matrix, optimizer, gradients, scale, .. } = self;
         matrix.gradients(dw, gradients);
         let rate = config.scale_rate * factor * *scale;
-        optimizer.update("scales", &mut matrix.scales, &gradients.scales, 1.0, rate);
-        if !matrix.mins.is_empty() {
-            optimizer.update("minima", &mut matrix.mins, &gradients.mins, 1.0, rate);
+        let grid = &mut matrix.grid;
+        optimizer.update("scales", &mut grid.scales, &gradients.scales, 1.0, rate);
+        if !grid.mins.is_empty() {
+            optimizer.update("minima", &mut grid.mins, &gradients.mins, 1.0, rate);
         }
-        let rate = config.position_rate * factor;
-        optimizer.update("positions", &mut matrix.positions, &gradients.positions, 1.0, rate);
-        matrix.project();
     }
 
     fn weight(&self, decoder: &Decoder) -> Result<Weight, TuneError> {
@@ -99,12 +97,42 @@ impl Trained {
     }
 }
 
+/// A norm and the state of its optimizer.
+struct TrainedNorm {
+    weight: Vec<f32>,
+    optimizer: AdamW,
+    /// Mean size of the weights at the start.
+    size: f64,
+}
+
+impl TrainedNorm {
+    fn new(norm: &Tensor<1>) -> Result<Self, TuneError> {
+        let weight = to_vec(norm.clone())?;
+        let size = weight.iter().map(|w| f64::from(w.abs())).sum::<f64>() / weight.len() as f64;
+        Ok(Self { weight, optimizer: adam(), size })
+    }
+
+    /// One update; `rate` is a share of the mean weight.
+    fn update(&mut self, gradient: &[f32], rate: f64, device: &Device) -> Tensor<1> {
+        self.optimizer.update("norm", &mut self.weight, gradient, 1.0, rate * self.size);
+        Tensor::from_floats(self.weight.as_slice(), device)
+    }
+}
+
+/// The second moment follows quickly: there are few steps.
+fn adam() -> AdamW {
+    AdamW::new(AdamWConfig { beta2: 0.95, ..AdamWConfig::default() })
+}
+
 /// A packed model on its way back to its base.
 pub struct Recovery<'a> {
     base: &'a Decoder,
     decoder: Decoder,
     blocks: Vec<Block>,
     trained: Vec<[Option<Trained>; 7]>,
+    /// Before attention and feed-forward part of each block.
+    norms: Vec<[TrainedNorm; 2]>,
+    final_norm: TrainedNorm,
     config: RecoverConfig,
     scratch: BlockScratch,
     tapes: Vec<BlockTape>,
@@ -137,22 +165,23 @@ impl<'a> Recovery<'a> {
                 );
             }
         }
-        let (mut blocks, mut trained) = (Vec::new(), Vec::new());
+        let (mut blocks, mut trained, mut norms) = (Vec::new(), Vec::new(), Vec::new());
         for index in 0..decoder.n_blocks() {
-            let (of_base, block) = (base.store().block(index)?, decoder.store().block(index)?);
+            let block = decoder.store().block(index)?;
             let mut matrices: [Option<Trained>; 7] = Default::default();
             for projection in Projection::ALL {
-                let (from, to) = (&of_base.linear(projection).weight, &block.linear(projection).weight);
-                matrices[projection as usize] = Trained::new(from, to)?;
+                matrices[projection as usize] = Trained::new(&block.linear(projection).weight)?;
             }
             trained.push(matrices);
+            norms.push([TrainedNorm::new(&block.attn_norm)?, TrainedNorm::new(&block.mlp_norm)?]);
             blocks.push(block);
         }
         if trained.iter().flatten().all(Option::is_none) {
             return refuse("the model to recover", "matrices in quantized formats without sparsity", "none".into());
         }
         let (scratch, tapes) = (BlockScratch::default(), Vec::new());
-        Ok(Self { base, decoder, blocks, trained, config, scratch, tapes, step: 0 })
+        let final_norm = TrainedNorm::new(decoder.final_norm())?;
+        Ok(Self { base, decoder, blocks, trained, norms, final_norm, config, scratch, tapes, step: 0 })
     }
 
     /// The model as it is now.
@@ -198,12 +227,20 @@ impl<'a> Recovery<'a> {
         let mut dy = head.d_hidden;
         for index in (0..n).rev() {
             let trained = &mut self.trained[index];
-            let mut gradients = BlockGradients::default();
-            for (gradient, matrix) in gradients.weights.iter_mut().zip(trained.iter()) {
-                *gradient = matrix.as_ref().map(|trained| vec![0.0; trained.matrix.positions.len()]);
+            let norms = &mut self.norms[index];
+            let zeros = norms.each_ref().map(|norm| vec![0.0; norm.weight.len()]);
+            let mut gradients = BlockGradients { norms: Some(zeros), ..BlockGradients::default() };
+            for (projection, (gradient, matrix)) in gradients.weights.iter_mut().zip(trained.iter()).enumerate() {
+                let [rows, cols] = self.blocks[index].linears[projection].weight.shape();
+                *gradient = matrix.as_ref().map(|_| vec![0.0; rows * cols]);
             }
             pass.backward_block(&mut dy, index, &mut self.tapes[index], index > 0, &mut gradients)?;
-            let updates = trained.par_iter_mut().zip(gradients.weights).zip(&mut self.blocks[index].linears);
+            let [of_attn, of_mlp] = gradients.norms.take().expect("asked for above");
+            let (block, rate, device) =
+                (&mut self.blocks[index], self.config.norm_rate * factor, self.decoder.device());
+            block.attn_norm = norms[0].update(&of_attn, rate, device);
+            block.mlp_norm = norms[1].update(&of_mlp, rate, device);
+            let updates = trained.par_iter_mut().zip(gradients.weights).zip(&mut block.linears);
             updates.try_for_each(|((trained, dw), linear)| {
                 if let (Some(trained), Some(dw)) = (trained, dw) {
                     trained.update(&dw, &self.config, factor);
@@ -212,7 +249,9 @@ impl<'a> Recovery<'a> {
                 Ok::<(), TuneError>(())
             })?;
         }
-        self.decoder = self.decoder.clone().with_store(Arc::new(ResidentStore::new(self.blocks.clone())));
+        let norm = self.final_norm.update(&head.d_norm, self.config.norm_rate * factor, self.decoder.device());
+        let store = Arc::new(ResidentStore::new(self.blocks.clone()));
+        self.decoder = self.decoder.clone().with_store(store).with_final_norm(norm);
         let report = RecoverReport { step: self.step, divergence: head.loss, seconds: start.elapsed().as_secs_f64() };
         self.step += 1;
         Ok(report)

@@ -42,7 +42,7 @@ fn the_divergence_falls_also_on_text_that_was_not_seen() {
     let all = windows(44);
     let (text, held_out) = (as_slices(&all[..40]), as_slices(&all[40..]));
     for (format, prepared) in [("q2g32a", false), ("q3g32a-8", true), ("q3g64s", true)] {
-        let config = RecoverConfig { steps: 40, batch: 4, scale_rate: 5e-3, position_rate: 1e-2 };
+        let config = RecoverConfig { steps: 40, batch: 4, scale_rate: 5e-3, norm_rate: 5e-3 };
         let mut recovery = Recovery::new(&base, rounded(&base, format, prepared), config).unwrap();
         let before = recovery.divergence(&held_out).unwrap();
         for step in 0..40 {

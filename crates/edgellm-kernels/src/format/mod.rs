@@ -31,7 +31,7 @@ pub use refit::RoundingGoal;
 pub use scales::ScaleType;
 pub(crate) use scales::Units;
 pub use sparse::SparsePattern;
-pub use trainable::{GridGradients, TrainableMatrix};
+pub use trainable::{GroupValues, TrainableMatrix};
 
 /// Rows of a panel of a prepared matrix.
 pub(crate) const PANEL_ROWS: usize = 16;

@@ -1,11 +1,13 @@
-//! `edgellm compress --recover`: tunes a compressed model's codes and scales toward the model that it was made from.
+//! `edgellm compress --recover`: tunes a compressed model's scales and norms toward the model that it was made from.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use clap::Args;
 use edgellm::kernels::{Arrangement, PackedHost, PackedLayout};
 use edgellm::model::decoder::{Activations, Weight};
 use edgellm::model::files::ModelFiles;
+use edgellm::model::generate::to_vec;
 use edgellm::model::save::ModelWriter;
 use edgellm::model::values::Projection;
 use edgellm::session::LoadedModel;
@@ -23,7 +25,7 @@ const HELD_OUT: usize = 8;
 /// How much is tuned after compression.
 #[derive(Args)]
 pub(crate) struct RecoverArgs {
-    /// Afterwards, tune codes and scales for so many steps toward the model's own answers on the calibration text; the size
+    /// Afterwards, tune scales and norms for so many steps toward the model's own answers on the calibration text; the size
     /// stays
     #[arg(long = "recover", value_name = "STEPS")]
     steps: Option<u64>,
@@ -149,7 +151,16 @@ impl Text {
 /// Replaces the model in `dir` by the same one with the tuned matrices.
 fn write(files: &ModelFiles, recovery: &Recovery<'_>, dir: &Path) -> anyhow::Result<()> {
     let policy = files.quantization().and_then(|q| q.policy.clone());
-    let mut writer = ModelWriter::create_as(dir, files, policy, |_, layout| Ok(layout))?;
+    let mut norms =
+        BTreeMap::from([("model.norm.weight".to_owned(), to_vec(recovery.decoder().final_norm().clone())?)]);
+    for index in 0..recovery.decoder().n_blocks() {
+        let block = recovery.decoder().store().block(index)?;
+        for (name, norm) in [("input_layernorm", block.attn_norm), ("post_attention_layernorm", block.mlp_norm)] {
+            norms.insert(format!("model.layers.{index}.{name}.weight"), to_vec(norm)?);
+        }
+    }
+    let mut vector = |name: &str, values| norms.remove(name).unwrap_or(values);
+    let mut writer = ModelWriter::create_with_vectors(dir, files, policy, &mut |_, layout| Ok(layout), &mut vector)?;
     let mut rest = writer.layouts().clone();
     let store = recovery.decoder().store();
     for index in 0..recovery.decoder().n_blocks() {

@@ -8,7 +8,7 @@
 
 use super::attention::{self, Parts};
 use super::linear::{LayerGradients, Linear, LoraGradient};
-use super::pointwise::{rms_norm, rms_norm_backward, swiglu, swiglu_backward};
+use super::pointwise::{norm_gradient, rms_norm, rms_norm_backward, swiglu, swiglu_backward};
 use super::{Activations, BlockScratch, BlockView, host, run_uncached, slice};
 use crate::arch::Kernel;
 use crate::ops::AttentionParams;
@@ -37,6 +37,8 @@ pub struct BlockGradients {
     pub linears: [Option<LoraGradient>; 7],
     /// Of whole weight matrices, `[out, in]`; `None` where nobody asks for it.
     pub weights: [Option<Vec<f32>>; 7],
+    /// Of the norms before attention and feed-forward part, `[d]`; `None` where nobody asks for them.
+    pub norms: Option<[Vec<f32>; 2]>,
 }
 
 impl BlockGradients {
@@ -136,6 +138,7 @@ fn feed_forward(
     scratch: &mut BlockScratch,
 ) {
     let [_, _, _, _, gate, up, down] = Linear::all(block);
+    let mut of_norms = gradients.norms.take();
     let [_, _, _, _, grad_gate, grad_up, grad_down] = gradients.each_mut();
     let BlockScratch { x8, normed, product, backward: b, .. } = scratch;
     swiglu(kernel, &acts.gate, &acts.up, product);
@@ -148,6 +151,10 @@ fn feed_forward(
     b.d_normed.resize(normed.len(), 0.0);
     gate.backward(kernel, normed, &b.d_gate, x8, Some((&mut b.d_normed, false)), grad_gate);
     up.backward(kernel, normed, &b.d_up, x8, Some((&mut b.d_normed, true)), grad_up);
+    if let Some([_, of_norm]) = &mut of_norms {
+        norm_gradient(&acts.middle, block.eps, &b.d_normed, of_norm);
+    }
+    gradients.norms = of_norms;
     rms_norm_backward(kernel, &acts.middle, slice::<f32>(&norm), block.eps, &b.d_normed, dy);
 }
 
@@ -165,6 +172,7 @@ fn attend(
 ) {
     let acts = &tape.acts;
     let [q, k, v, o, _, _, _] = Linear::all(block);
+    let mut of_norms = gradients.norms.take();
     let [grad_q, grad_k, grad_v, grad_o, _, _, _] = gradients.each_mut();
     let BlockScratch { x8, normed, backward: b, .. } = scratch;
     b.d_attended.resize(acts.attended.len(), 0.0);
@@ -207,9 +215,13 @@ fn attend(
     b.d_normed.resize(normed.len(), 0.0);
     let layers = [(&q, &b.dq, grad_q), (&k, &b.dk, grad_k), (&v, &b.dv, grad_v)];
     for (i, (linear, dy, gradient)) in layers.into_iter().enumerate() {
-        let dx = input_gradient.then_some((&mut b.d_normed[..], i > 0));
+        let dx = (input_gradient || of_norms.is_some()).then_some((&mut b.d_normed[..], i > 0));
         linear.backward(kernel, normed, dy, x8, dx, gradient);
     }
+    if let Some([of_norm, _]) = &mut of_norms {
+        norm_gradient(&tape.input, block.eps, &b.d_normed, of_norm);
+    }
+    gradients.norms = of_norms;
     if input_gradient {
         rms_norm_backward(kernel, &tape.input, slice::<f32>(&norm), block.eps, &b.d_normed, dh);
     }

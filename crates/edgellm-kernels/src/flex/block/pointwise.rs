@@ -34,6 +34,17 @@ pub(super) fn rms_norm_backward(kernel: Kernel, x: &[f32], weight: &[f32], eps: 
     });
 }
 
+/// The gradient of [`rms_norm`] with respect to its weight, added to `dw`.
+pub(super) fn norm_gradient(x: &[f32], eps: f64, dy: &[f32], dw: &mut [f32]) {
+    let width = dw.len();
+    for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
+        let r = inverse_rms(x, eps);
+        for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
+            *dw += x * r * dy;
+        }
+    }
+}
+
 /// `out = silu(gate) * up`.
 pub(super) fn swiglu(kernel: Kernel, gate: &[f32], up: &[f32], out: &mut Vec<f32>) {
     out.resize(gate.len(), 0.0);
