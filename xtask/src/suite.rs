@@ -198,7 +198,7 @@ fn tests() -> Result<Outcome> {
 
 fn doc_tests() -> Result<Outcome> {
     let shell = repo::shell()?;
-    cmd!(shell, "cargo test --doc --release --workspace").quiet().run()?;
+    cmd!(shell, "cargo test --doc --release --workspace --no-fail-fast").quiet().run()?;
     passed()
 }
 

@@ -11,14 +11,22 @@
 //!
 //! ```
 //! use burn::tensor::Device;
-//! use edgellm_luc::{Rtn, Solve, compress_decoder, measure, option_grid, policy_cost};
+//! use edgellm_luc::{Rtn, Solve, Trials, compress_decoder, measure, option_grid, policy_cost};
 //! use edgellm_model::traits::PolicySolver;
 //! use edgellm_model::values::{Budget, Granularity};
 //!
 //! let decoder = edgellm_model::testing::tiny_decoder(0, &Device::flex());
 //! let calibration = vec![(0..64).collect::<Vec<u32>>()];
 //! let options = option_grid(&[2, 4, 8], &[32], &[])?;
-//! let measurement = measure(&decoder, &options, Granularity::Block, &calibration, &Rtn, &mut |_| {})?;
+//! let trials = Trials {
+//!     options: &options,
+//!     granularity: Granularity::Block,
+//!     compressor: &Rtn,
+//!     calibration: &calibration,
+//!     compared_windows: 1,
+//!     compared_length: 64,
+//! };
+//! let measurement = measure(&decoder, &trials, &[], &mut |_| Ok(()), &mut |_| {})?;
 //!
 //! let budget = Budget { bits_per_weight: Some(5.0), ..Budget::default() };
 //! let policy = Solve::default().solve(&measurement, &budget)?;

@@ -8,7 +8,7 @@
 //!
 //! ```
 //! use edgellm::device::DeviceChoice;
-//! use edgellm::luc::{Rtn, Solve, measure, option_grid};
+//! use edgellm::luc::{Gptq, Solve, Trials, measure, option_grid};
 //! use edgellm::model::generate::{Flow, Generator};
 //! use edgellm::model::sample::{Sampler, SamplingConfig};
 //! use edgellm::model::traits::PolicySolver;
@@ -25,7 +25,15 @@
 //! // Which parts of it suffer from fewer bits, and the best formats for 5 bits per weight.
 //! let text = model.tokenizer.encode("Some text to calibrate on.", false)?;
 //! let options = option_grid(&[2, 4, 8], &[32], &[])?;
-//! let measurement = measure(&model.decoder, &options, Granularity::Block, &[text], &Rtn, &mut |_| {})?;
+//! let trials = Trials {
+//!     options: &options,
+//!     granularity: Granularity::Block,
+//!     compressor: &Gptq::default(),
+//!     calibration: &[text],
+//!     compared_windows: 1,
+//!     compared_length: 64,
+//! };
+//! let measurement = measure(&model.decoder, &trials, &[], &mut |_| Ok(()), &mut |_| {})?;
 //! let budget = Budget { bits_per_weight: Some(5.0), ..Budget::default() };
 //! let policy = Solve::default().solve(&measurement, &budget)?;
 //! assert_eq!(policy.units.len(), 5);
