@@ -68,6 +68,12 @@ impl Compress {
         let policy = match (&self.policy, format) {
             (Some(path), _) => read_value::<CompressionPolicy>(path)?,
             (None, Some(format)) if format.packed()?.quantized().is_none() => {
+                if self.recover.is_wanted() {
+                    return Err(Usage(format!(
+                        "--recover: {format} loses nothing to recover; expected a quantized format"
+                    ))
+                    .into());
+                }
                 let applied = self.export(ctx, &files, format.packed()?)?;
                 return self.report(ctx, applied, None);
             }
