@@ -140,7 +140,7 @@ pub(crate) fn memory(edgellm: &Edgellm) -> Result<String> {
 }
 
 /// Budgets of tuning, in MB, and how far a process may go beyond them.
-const BUDGETS: [u32; 6] = [190, 210, 230, 260, 300, 400];
+const BUDGETS: [u32; 6] = [200, 210, 230, 260, 300, 400];
 const BUDGET_SLACK: f64 = 1.05;
 
 /// Tunes the real model within each budget; peak memory of the whole process stays within it.
