@@ -30,7 +30,7 @@ impl BlockTape {
     }
 }
 
-/// The gradients of a block's linear layers, in the order of [`BlockView::linears`].
+/// The gradients of a block's parameters; those of linear layers in the order of [`BlockView::linears`].
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct BlockGradients {
     /// Of low-rank updates; `None` for a layer whose update is not trained.

@@ -43,7 +43,6 @@ pub struct LoraGradient {
 }
 
 /// Where the gradients of a layer's parameters are added, of those that are wanted.
-#[derive(Default)]
 pub(super) struct LayerGradients<'a> {
     pub(super) lora: Option<&'a mut LoraGradient>,
     /// Of the weight, `[rows, cols]`.
