@@ -127,6 +127,7 @@ pub(super) trait Entry: Vector {
 
 /// Implements [`Entry`] for a type that implements [`Vector`], with its target features. The kernels for many tokens are
 /// those of this module, or of another one.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! entries {
     ($isa:ty, $features:literal) => {
         $crate::arch::int8::kernels::entries!($isa, $features, kernels);
@@ -230,6 +231,7 @@ macro_rules! entries {
         }
     };
 }
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(super) use entries;
 
 /// A panel, or half a block of columns, unpacked for the kernels.

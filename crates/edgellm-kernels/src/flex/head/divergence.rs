@@ -4,18 +4,12 @@
 //! `KL(p | q) = sum_v p (log p - log q)`, and its gradient with respect to the other's logits is `q - p` (Hinton et al.,
 //! arXiv 1503.02531, section 2, at temperature 1).
 
-use super::{Float, HEAD_CHUNK, HeadLoss, PANEL_ROWS, SEGMENTS, TILE_PANELS, Tiles};
-use super::{combine, dense, exp, float, maxima_and_sums, pointwise, slice};
-use crate::arch::matmul::{ColumnsMut, MatRef};
+use super::softmax::{MaximaAndSums, maxima_and_sums, normalizers};
+use super::{HEAD_CHUNK, HeadLoss, Side, exp, tile_of};
 use crate::arch::pool::for_each_mut;
-use crate::arch::{Kernel, Part, Task, Tokens8, vectorized};
-use crate::flex::{Packed, linear::decode};
+use crate::arch::{Kernel, vectorized};
 use crate::matrix::PackedMatrix;
-use burn::backend::Flex;
 use burn::tensor::Tensor;
-
-/// Vocabulary of a tile, of both heads.
-const TILE: usize = TILE_PANELS * PANEL_ROWS;
 
 /// Hidden states behind the last block, and what makes logits of them.
 #[derive(Debug, Clone, Copy)]
@@ -30,55 +24,14 @@ pub struct HeadView<'a> {
     pub eps: f64,
 }
 
-/// Normed hidden states before a packed head.
-struct Side<'a> {
-    packed: &'a Packed,
-    normed: Float,
-}
-
-impl<'a> Side<'a> {
-    fn new(view: &HeadView<'a>) -> Self {
-        let packed = view.head.host().expect("a head on the CPU device");
-        let cols = packed.layout.cols;
-        let x = float(view.hidden.to_vec(), [view.hidden.len() / cols, cols]);
-        let norm = dense(view.norm.clone().try_into_primitive::<Flex>().expect("a norm on the CPU device"));
-        Side { packed, normed: pointwise::rms_norm(x, norm, view.eps) }
-    }
-
-    fn tokens(&self, first: usize, n: usize) -> &[f32] {
-        let cols = self.packed.layout.cols;
-        &slice::<f32>(&self.normed)[first * cols..(first + n) * cols]
-    }
-
-    /// The rounded tokens, if the head is prepared.
-    fn tiles(&self, x: &[f32]) -> Option<Tiles<'_>> {
-        self.packed.panels().map(|panels| Tiles::new(panels, x))
-    }
-
-    fn rows(&self, tile: usize) -> core::ops::Range<usize> {
-        tile * TILE..((tile + 1) * TILE).min(self.packed.layout.rows)
-    }
-
-    /// The logits of a tile, `[tokens, rows]`.
-    fn logits(&self, prepared: Option<&Tiles<'_>>, x: &[f32], tile: usize, out: &mut Vec<f32>) {
-        let Some(tiles) = prepared else {
-            let (cols, rows) = (self.packed.layout.cols, self.rows(tile));
-            let (tokens, n, mut buffer) = (x.len() / cols, rows.len(), Vec::new());
-            out.resize(tokens * n, 0.0);
-            let w = decode(Kernel::active(), self.packed.rows(), rows, &mut buffer);
-            ColumnsMut::whole(out, tokens, n, n).product(MatRef::new(x, tokens, cols, cols), w.t(), 1.0, false);
-            return;
-        };
-        let _ = tiles.logits(tile, out);
-    }
-}
-
 /// The logits of a tile of both heads, with maxima and sums of exponentials.
 #[derive(Default)]
 struct TilePair {
     base: Vec<f32>,
     other: Vec<f32>,
-    partial: [Vec<(f32, f32)>; 2],
+    partial: [MaximaAndSums; 2],
+    /// What the tile adds to the divergence.
+    loss: f64,
 }
 
 /// `weight * sum_t KL(base[t] | other[t])` in nats, and its gradients with respect to `other`'s hidden states and norm, on
@@ -87,67 +40,30 @@ struct TilePair {
 /// # Panics
 /// If there are not as many tokens in both, the vocabularies have different sizes, or something is not on the CPU device.
 pub fn head_divergence(base: &HeadView<'_>, other: &HeadView<'_>, weight: f32) -> HeadLoss {
-    let (kernel, of_base, of_other) = (Kernel::active(), Side::new(base), Side::new(other));
-    let (vocabulary, cols) = (of_other.packed.layout.rows, of_other.packed.layout.cols);
-    let tokens = other.hidden.len() / cols;
-    assert_eq!(of_base.packed.layout.rows, vocabulary, "the vocabulary of the base");
-    assert_eq!(base.hidden.len() / of_base.packed.layout.cols, tokens, "the tokens of the base");
+    let (kernel, base, other) = (Kernel::active(), Side::new(base), Side::new(other));
+    assert_eq!(base.head.layout.rows, other.head.layout.rows, "the vocabulary of the base");
+    assert_eq!(base.tokens(), other.tokens(), "the tokens of the base");
+    let tile = tile_of(base.head).min(tile_of(other.head));
     let mut pairs: Vec<TilePair> = Vec::new();
-    pairs.resize_with(vocabulary.div_ceil(TILE), TilePair::default);
-    let per_segment = pairs.len().div_ceil(SEGMENTS);
-    let (mut loss, mut gradient) = (0.0, Vec::with_capacity(tokens * cols));
-    for first in (0..tokens).step_by(HEAD_CHUNK) {
-        let n = HEAD_CHUNK.min(tokens - first);
-        let inputs = [of_base.tokens(first, n), of_other.tokens(first, n)];
-        let tiles = [of_base.tiles(inputs[0]), of_other.tiles(inputs[1])];
+    let (mut loss, mut gradient) = (0.0, Vec::with_capacity(other.tokens() * other.cols()));
+    for first in (0..other.tokens()).step_by(HEAD_CHUNK) {
+        let n = HEAD_CHUNK.min(other.tokens() - first);
+        let (of_base, of_other) = (base.tiles(first, n, tile), other.tiles(first, n, tile));
+        pairs.resize_with(of_other.count(), TilePair::default);
         for_each_mut(&mut pairs, |tile, pair| {
-            of_base.logits(tiles[0].as_ref(), inputs[0], tile, &mut pair.base);
-            of_other.logits(tiles[1].as_ref(), inputs[1], tile, &mut pair.other);
-            let rows = of_other.rows(tile).len();
-            maxima_and_sums(kernel, &pair.base, rows, &mut pair.partial[0]);
-            maxima_and_sums(kernel, &pair.other, rows, &mut pair.partial[1]);
+            let rows = of_base.logits(tile, &mut pair.base);
+            of_other.logits(tile, &mut pair.other);
+            maxima_and_sums(kernel, &mut pair.base, rows, &mut pair.partial[0]);
+            maxima_and_sums(kernel, &mut pair.other, rows, &mut pair.partial[1]);
         });
-        let normalizers = [0, 1].map(|side| {
-            let partial: Vec<&[(f32, f32)]> = pairs.iter().map(|pair| pair.partial[side].as_slice()).collect();
-            combine(&partial, n)
-        });
-        let mut segments: Vec<(&mut [TilePair], Vec<f32>, f64)> =
-            pairs.chunks_mut(per_segment).map(|pairs| (pairs, vec![0.0; n * cols], 0.0)).collect();
-        for_each_mut(&mut segments, |segment, (pairs, gradient, loss)| {
-            let (mut g8, mut buffer) = (Tokens8::default(), Vec::new());
-            for (i, pair) in pairs.iter_mut().enumerate() {
-                let tile = segment * per_segment + i;
-                let rows = of_other.rows(tile);
-                *loss += differences(kernel, pair, rows.len(), &normalizers, weight);
-                let g = &pair.other;
-                let mut out = ColumnsMut::whole(gradient, n, cols, cols);
-                match &tiles[1] {
-                    Some(tiles) => {
-                        let matrix = tiles.part(tile);
-                        g8.fill(kernel, g, rows.len());
-                        let range = 0..matrix.blocks();
-                        Task { matrix, x: &g8, part: Part::Backward, range, out, accumulate: true }.run(kernel);
-                    }
-                    None => {
-                        let width = rows.len();
-                        let w = decode(kernel, of_other.packed.rows(), rows, &mut buffer);
-                        out.product(MatRef::new(g, n, width, width), w, 1.0, true);
-                    }
-                }
-            }
-        });
-        let mut sum = vec![0.0; n * cols];
-        for (_, part, part_loss) in segments {
-            sum.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
-            loss += part_loss;
-        }
-        gradient.extend(sum);
+        let normalizers = [0, 1].map(|side| normalizers(pairs.iter().map(|pair| &pair.partial[side]), n));
+        gradient.extend(of_other.backward(&mut pairs, |tile, pair, add| {
+            pair.loss = differences(kernel, pair, of_other.rows(tile).len(), &normalizers, weight);
+            add(&pair.other);
+        }));
+        loss += pairs.iter().map(|pair| pair.loss).sum::<f64>();
     }
-    let x = float(other.hidden.to_vec(), [tokens, cols]);
-    let norm = dense(other.norm.clone().try_into_primitive::<Flex>().expect("a norm on the CPU device"));
-    let (dx, dw) = pointwise::rms_norm_backward(x, norm, float(gradient, [tokens, cols]), other.eps);
-    let values = |t: Float| slice::<f32>(&dense(t)).to_vec();
-    HeadLoss { loss: f64::from(weight) * loss, d_hidden: values(dx), d_norm: values(dw) }
+    other.through_norm(f64::from(weight) * loss, gradient)
 }
 
 /// Turns the other's logits of a tile into `weight * (q - p)`, and sums `p (log p - log q)`.
