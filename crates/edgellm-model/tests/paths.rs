@@ -1,12 +1,13 @@
 //! Inference on the CPU runs blocks on plain slices; it must be the tensor path, which training and other devices take.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use edgellm_kernels::{BlockGradients, BlockScratch, CacheType, Lora, LoraGradient};
 use edgellm_model::adapter::{Adapter, LoraConfig, Targets};
 use edgellm_model::config::ModelConfig;
-use edgellm_model::decoder::{Decoder, Dropout, SlicePass};
+use edgellm_model::decoder::{Block, Decoder, Dropout, ResidentStore, SlicePass};
 use edgellm_model::generate::to_vec;
 use edgellm_model::testing::{decoder_of, tiny_config};
 use edgellm_model::values::Projection;
@@ -259,6 +260,49 @@ fn gradients_of_weights_and_of_updates_agree() {
                 assert!(scale > 0.0 && error <= 1e-4 * scale, "block {index}, {projection:?}: {error:e} of {scale:e}");
             }
         }
+    }
+}
+
+/// In the direction of a norm's gradient, the loss rises by its squared length.
+#[test]
+fn gradients_of_norms() {
+    let config = tiny_config(json!({}));
+    let decoder = decoder_of(&config, 6, &Device::flex());
+    let n = decoder.n_blocks();
+    let lengths = SEQUENCES.map(<[u32]>::len);
+    let targets: Vec<u32> = SEQUENCES.iter().flat_map(|ids| ids.iter().map(|id| id / 2)).collect();
+    let adapter = adapter_of(&config);
+    let blocks: Vec<Block> = (0..n).map(|index| decoder.store().block(index).unwrap()).collect();
+    // The loss, and the gradients of both norms of every block; the first block's is asked for without that of its input.
+    let run = |decoder: &Decoder| {
+        let mut x = decoder.embed_slices(&SEQUENCES).unwrap();
+        let (mut scratch, mut tapes) = (BlockScratch::default(), Vec::new());
+        let mut pass = SlicePass::new(decoder, None, &lengths, &mut scratch);
+        pass.record(&mut x, 0..n, |index| index == 0, &mut tapes).unwrap();
+        let head = decoder.loss_on_slices(&x, n, &adapter, &targets, 1.0);
+        let (mut dy, mut norms) = (head.d_hidden, vec![[const { Vec::new() }; 2]; n]);
+        for index in (0..n).rev() {
+            let zeros = [(); 2].map(|()| vec![0.0; config.hidden_size]);
+            let mut gradients = BlockGradients { norms: Some(zeros), ..Default::default() };
+            pass.backward_block(&mut dy, index, &mut tapes[index], index > 0, &mut gradients).unwrap();
+            norms[index] = gradients.norms.unwrap();
+        }
+        (head.loss, norms)
+    };
+    let (_, norms) = run(&decoder);
+    for (index, which) in [(0, 0), (0, 1), (n - 1, 0), (n - 1, 1)] {
+        let gradient = &norms[index][which];
+        let length = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+        let moved = |sign: f64| {
+            let mut blocks = blocks.clone();
+            let norm = if which == 0 { &mut blocks[index].attn_norm } else { &mut blocks[index].mlp_norm };
+            let step = (sign * 1e-2 / length) as f32;
+            let change = Tensor::<1>::from_floats(gradient.as_slice(), &Device::flex()).mul_scalar(step);
+            *norm = norm.clone().add(change);
+            run(&decoder.clone().with_store(Arc::new(ResidentStore::new(blocks)))).0
+        };
+        let slope = (moved(1.0) - moved(-1.0)) / 2e-2;
+        assert!((slope - length).abs() <= 2e-2 * length, "block {index}, norm {which}: {slope} is not {length}");
     }
 }
 
