@@ -274,7 +274,10 @@ fn recovery_says_what_it_recovered_and_keeps_the_size() {
             .contains("kept apart")
     );
     b.fails("compress -m model --format q2g32a -o none --recover 0", 2);
-    b.fails("compress -m model --format f16 -o none --recover 2", 2);
+    for format in ["f16", "q4g32a-2:4"] {
+        let message = b.fails(&format!("compress -m model --format {format} -o none --recover 2"), 2);
+        assert!(message.contains("without sparsity") && message.contains(format), "{message}");
+    }
     b.fails(&format!("compress -m model --format q2g32a -o none {text} --recover 2 --recover-batch 0"), 2);
     let message = b.fails("compress -m model --format q2g32a -o none --calibrate text.txt --recover 2", 1);
     assert!(message.contains("--calibrate-context") || message.contains("windows"), "{message}");

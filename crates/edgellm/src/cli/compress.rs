@@ -7,7 +7,7 @@ use edgellm::kernels::{Arrangement, Format, PackedHost};
 use edgellm::luc::{Applied, Compression, bits_per_weight, compress_model, model_digest, uniform_policy};
 use edgellm::model::files::ModelFiles;
 use edgellm::model::save::ModelWriter;
-use edgellm::model::values::{CompressionPolicy, LayerFormat, read_value};
+use edgellm::model::values::{CompressionPolicy, LayerFormat, Unit, read_value};
 use serde_json::json;
 
 use super::calibration::CalibrationArgs;
@@ -63,17 +63,12 @@ impl Compress {
             return Err(Usage(format!("--output: expected another folder than the model {}", source.display())).into());
         }
         self.calibration.check()?;
-        self.recover.check()?;
+        self.recover.check(ctx)?;
         let files = ModelFiles::open(&source)?;
         let policy = match (&self.policy, format) {
             (Some(path), _) => read_value::<CompressionPolicy>(path)?,
             (None, Some(format)) if format.packed()?.quantized().is_none() => {
-                if self.recover.is_wanted() {
-                    return Err(Usage(format!(
-                        "--recover: {format} loses nothing to recover; expected a quantized format"
-                    ))
-                    .into());
-                }
+                self.recover.check_formats(&[format])?;
                 let applied = self.export(ctx, &files, format.packed()?)?;
                 return self.report(ctx, applied, None);
             }
@@ -90,6 +85,8 @@ impl Compress {
                 );
             }
         }
+        let formats: Vec<_> = policy.units.iter().filter(|u| u.unit != Unit::Embedding).map(|u| u.format).collect();
+        self.recover.check_formats(&formats)?;
         let compressor = self.compressor.compressor();
         let needs_base = compressor.needs_inputs() || self.recover.is_wanted();
         let base = needs_base.then(|| ctx.load_reference(&self.model)).transpose()?;

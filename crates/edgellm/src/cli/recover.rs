@@ -1,21 +1,23 @@
 //! `edgellm compress --recover`: tunes a compressed model's scales and norms toward the model that it was made from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use clap::Args;
-use edgellm::kernels::{Arrangement, PackedHost, PackedLayout};
+use edgellm::device::DeviceChoice;
+use edgellm::kernels::{Arrangement, PackedHost, PackedLayout, TrainableMatrix};
 use edgellm::model::decoder::{Activations, Weight};
 use edgellm::model::files::ModelFiles;
 use edgellm::model::generate::to_vec;
 use edgellm::model::save::ModelWriter;
-use edgellm::model::values::Projection;
+use edgellm::model::values::{LayerFormat, Projection};
 use edgellm::session::LoadedModel;
 use edgellm::tune::recover::{RecoverConfig, Recovery};
 use serde_json::{Value, json};
 
 use super::calibration::CalibrationArgs;
 use super::failure::Usage;
+use super::memory::Room;
 use super::progress::Counted;
 use super::{Context, interrupt};
 
@@ -71,9 +73,26 @@ impl Recovered {
 }
 
 impl RecoverArgs {
-    pub(super) fn check(&self) -> anyhow::Result<()> {
+    /// Refuses, before anything is compressed, settings and a device that it does not work with.
+    pub(super) fn check(&self, ctx: &Context) -> anyhow::Result<()> {
         if self.steps == Some(0) || self.batch == 0 {
             return Err(Usage("--recover, --recover-batch: expected at least 1, found 0".into()).into());
+        }
+        if self.is_wanted() && !matches!(ctx.device, DeviceChoice::Auto | DeviceChoice::Flex) {
+            let text = format!("--recover tunes on the CPU: expected --device flex, found {}", ctx.device);
+            return Err(Usage(text).into());
+        }
+        Ok(())
+    }
+
+    /// Refuses formats of blocks among which none has scales that can be tuned.
+    pub(super) fn check_formats(&self, formats: &[LayerFormat]) -> anyhow::Result<()> {
+        let packed: Vec<_> = formats.iter().map(LayerFormat::packed).collect::<Result<_, _>>()?;
+        if self.is_wanted() && !packed.into_iter().any(TrainableMatrix::exists) {
+            let found: BTreeSet<_> = formats.iter().map(ToString::to_string).collect();
+            let found = found.into_iter().collect::<Vec<_>>().join(", ");
+            let text = format!("--recover tunes scales: expected a quantized format without sparsity, found {found}");
+            return Err(Usage(text).into());
         }
         Ok(())
     }
@@ -85,6 +104,12 @@ impl RecoverArgs {
     /// The text to tune on, if that is asked for.
     pub(super) fn text(&self, calibration: &CalibrationArgs, base: &LoadedModel) -> anyhow::Result<Option<Text>> {
         let Some(steps) = self.steps else { return Ok(None) };
+        if !base.decoder.runs_on_slices(0..base.decoder.n_blocks())? {
+            anyhow::bail!(
+                "--recover: expected a base whose weights run packed or in floats on the CPU, found one with weights of \
+                 another kind or a bias on its head; compress without --recover"
+            );
+        }
         let wanted = usize::try_from(steps)?.saturating_mul(self.batch).saturating_add(HELD_OUT);
         let windows = calibration.up_to(base, wanted.max(2 * HELD_OUT))?;
         if windows.len() < 2 * HELD_OUT {
@@ -122,7 +147,7 @@ impl Text {
         };
         let (held_out, text) = (pick(true), pick(false));
         let files = ModelFiles::open(dir)?;
-        let decoder = ctx.load_with(&dir.to_string_lossy(), Activations::Int8)?.decoder;
+        let decoder = ctx.load_with(&dir.to_string_lossy(), Activations::Int8, Room::PASSES)?.decoder;
         let config = RecoverConfig { steps, batch, ..RecoverConfig::default() };
         let mut recovery = Recovery::new(&base.decoder, decoder, config)?;
         let before = recovery.divergence(&held_out)?;
