@@ -24,6 +24,7 @@ mod latency;
 mod package;
 mod python;
 mod repo;
+mod streaming;
 mod suite;
 mod synth_model;
 mod toolchain;
@@ -58,6 +59,7 @@ enum Task {
     CheckPeft(checks::CheckPeft),
     CheckLoraGguf(checks::CheckLoraGguf),
     CheckLatency(latency::CheckLatency),
+    CheckStreaming(streaming::CheckStreaming),
     ArchCheck(architecture::ArchCheck),
     BenchDevice(device::BenchDevice),
     BuildAndroid(android::BuildAndroid),
@@ -83,6 +85,7 @@ fn main() -> ExitCode {
         Task::CheckPeft(task) => task.run(),
         Task::CheckLoraGguf(task) => task.run(),
         Task::CheckLatency(task) => task.run(),
+        Task::CheckStreaming(task) => task.run(),
         Task::ArchCheck(task) => task.run(),
         Task::BenchDevice(task) => task.run(),
         Task::BuildAndroid(task) => task.run(),

@@ -21,6 +21,9 @@ pub(crate) struct SynthModel {
     /// The folder to write.
     #[arg(long)]
     out: PathBuf,
+    /// Pack them as the CPU's integer kernels use them: then they can be streamed from storage as they are.
+    #[arg(long)]
+    prepare: bool,
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Replace the folder if it is there.
@@ -35,11 +38,12 @@ impl SynthModel {
         // The shell runs in the repository's root, the person perhaps elsewhere.
         let out = std::path::absolute(&self.out)?;
         let (Self { preset, format, .. }, seed) = (self, self.seed.to_string());
-        let force = self.force.then_some("--force");
+        let flags = [(self.prepare, "--prepare"), (self.force, "--force")];
+        let flags = flags.into_iter().filter_map(|(given, flag)| given.then_some(flag));
         cmd!(
             shell,
             "cargo run --quiet --release -p edgellm --example synth_model --
-                --preset {preset} --format {format} --tokenizer-dir {tokenizer} --out {out} --seed {seed} {force...}"
+                --preset {preset} --format {format} --tokenizer-dir {tokenizer} --out {out} --seed {seed} {flags...}"
         )
         .quiet()
         .run()?;

@@ -4,8 +4,10 @@
 //! the pages of what was repacked are given back at once, so that loading holds a model about once.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Bytes;
 use edgellm_kernels::{Arrangement, Format, PackedHost, PackedLayout};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -228,16 +230,35 @@ impl ModelFiles {
         match &self.source {
             Source::Directory(tensors) if self.packed(name).is_some() => {
                 let (codes, scales) = packed_names(name);
-                let packed = PackedHost::from_parts(layout, tensors.bytes(&codes)?, tensors.bytes(&scales)?);
-                let packed = packed.map_err(failed)?;
-                packed.check().map_err(failed)?;
-                Ok(packed)
+                self.matrix_of(name, tensors.bytes(&codes)?, tensors.bytes(&scales)?)
             }
             Source::Directory(tensors) => {
                 PackedHost::from_raw_floats(layout, tensors.bytes(self.file_name(name)?)?).map_err(failed)
             }
             Source::Gguf(gguf) => self.gguf_matrix(gguf, name, layout),
         }
+    }
+
+    /// Where the codes and the scales of a packed matrix lie, each in a file of its path. `None` if the matrix is not
+    /// stored in a packed format of ours.
+    ///
+    /// # Errors
+    /// There is no such tensor.
+    pub fn places(&self, name: &str) -> Result<Option<[(&Path, Range<u64>); 2]>> {
+        let (Some(_), Source::Directory(tensors)) = (self.packed(name), &self.source) else { return Ok(None) };
+        let (codes, scales) = packed_names(name);
+        Ok(Some([tensors.place(&codes)?, tensors.place(&scales)?]))
+    }
+
+    /// The packed matrix of this name from bytes that were read from its [`places`](Self::places).
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix), or the bytes are not as many as the format asks for.
+    pub fn matrix_of(&self, name: &str, codes: Bytes, scales: Bytes) -> Result<PackedHost> {
+        let failed = |source| self.packed_error(name, source);
+        let packed = PackedHost::from_parts(self.layout(name)?, codes, scales).map_err(failed)?;
+        packed.check().map_err(failed)?;
+        Ok(packed)
     }
 
     fn gguf_matrix(&self, gguf: &Gguf, name: &str, layout: PackedLayout) -> Result<PackedHost> {

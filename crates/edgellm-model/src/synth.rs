@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use edgellm_kernels::{Format, PackedHost, PackedLayout};
+use edgellm_kernels::{Arrangement, Format, PackedHost, PackedLayout};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -137,7 +137,19 @@ impl Preset {
     }
 }
 
-/// Writes a model with random weights, its matrices in `format`. The tokenizer is copied from the directory
+/// How the matrices of a random model are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packing {
+    /// Their format.
+    pub format: Format,
+    /// In which order their words lie; formats without panels keep rows.
+    pub arrangement: Arrangement,
+}
+
+/// Rows that are packed together in panels: parts of a matrix have a multiple of them.
+const PANEL: usize = 16;
+
+/// Writes a model with random weights, its matrices in `packing`. The tokenizer is copied from the directory
 /// `tokenizer`; the configuration may have a larger vocabulary. `on_progress` gets the values done and all of them.
 ///
 /// # Errors
@@ -146,7 +158,7 @@ pub fn write_random_model(
     target: &Path,
     config: Value,
     tokenizer: &Path,
-    format: Format,
+    packing: Packing,
     seed: u64,
     replace: bool,
     on_progress: &mut dyn FnMut(u64, u64),
@@ -158,7 +170,9 @@ pub fn write_random_model(
     let shapes = matrix_shapes(&config);
     let mut layouts = BTreeMap::new();
     for (name, [rows, cols]) in &shapes {
-        layouts.insert(name.clone(), PackedLayout::new(*rows, *cols, format)?);
+        let layout = PackedLayout::new(*rows, *cols, packing.format)?;
+        layouts
+            .insert(name.clone(), if packing.arrangement == Arrangement::Panels { layout.prepared() } else { layout });
     }
     let ones = |name: String| (name, vec![1.0; config.hidden_size]);
     let mut vectors = BTreeMap::from([ones("model.norm.weight".into())]);
@@ -172,12 +186,13 @@ pub fn write_random_model(
     let mut done = 0;
     let mut writer = ModelWriter::create_new(target, &config, tokenizer, layouts, &vectors)?;
     for (stream, (name, [rows, cols])) in shapes.iter().enumerate() {
-        let most = (CHUNK / cols).max(1);
+        let most = (CHUNK / cols).max(1).next_multiple_of(PANEL);
+        let layout = writer.layouts()[name];
         let mut first = 0;
         while first < *rows {
             let count = most.min(rows - first);
             let values = random_rows(seed, stream as u64, first, count, *cols);
-            writer.append(name, &PackedHost::quantize(&values, PackedLayout::new(count, *cols, format)?)?)?;
+            writer.append(name, &PackedHost::quantize(&values, layout.with_rows(count))?)?;
             first += count;
             done += (count * cols) as u64;
             on_progress(done, all);
@@ -226,6 +241,10 @@ mod tests {
 
     /// Writes a random tiny model and returns the bytes of its weights.
     fn written(folder: &Path, format: &str, seed: u64, changes: Value) -> Vec<u8> {
+        written_as(folder, format, Arrangement::Rows, seed, changes)
+    }
+
+    fn written_as(folder: &Path, format: &str, arrangement: Arrangement, seed: u64, changes: Value) -> Vec<u8> {
         let tokenizer = folder.join("tiny");
         tiny_model_dir(&tokenizer, 0).unwrap();
         let mut config = tiny_config_json();
@@ -233,8 +252,8 @@ mod tests {
         let target = folder.join("random");
         let mut last = (0, 1);
         let on_progress = &mut |done, all| last = (done, all);
-        write_random_model(&target, config, &tokenizer, Format::parse(format).unwrap(), seed, true, on_progress)
-            .unwrap();
+        let packing = Packing { format: Format::parse(format).unwrap(), arrangement };
+        write_random_model(&target, config, &tokenizer, packing, seed, true, on_progress).unwrap();
         assert_eq!(last.0, last.1);
         std::fs::read(target.join("model.safetensors")).unwrap()
     }
@@ -263,6 +282,19 @@ mod tests {
         assert!(first != written(folder.path(), "q4g32s", 2, json!({})));
         let whole = random_rows(3, 4, 0, 10, 64);
         assert_eq!(random_rows(3, 4, 6, 2, 64), whole[6 * 64..8 * 64]);
+    }
+
+    #[test]
+    fn panels_are_those_of_the_prepared_rows() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = "model.layers.1.mlp.down_proj.weight";
+        let matrix = |arrangement| {
+            written_as(folder.path(), "q4g32a", arrangement, 1, json!({}));
+            ModelFiles::open(&folder.path().join("random")).unwrap().matrix(name).unwrap()
+        };
+        let rows = matrix(Arrangement::Rows);
+        assert_eq!(rows.layout.arrangement, Arrangement::Rows);
+        assert!(matrix(Arrangement::Panels) == rows.prepare().unwrap());
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Hardware scheduler: what a device can do ([`measure_profile`]) and what a unit of a model costs on it
-//! ([`Roofline`]).
+//! Hardware scheduler: what a device can do ([`measure_profile`]), what a unit of a model costs on it ([`Roofline`]), and
+//! running a model that is larger than memory ([`stream`]).
 //!
 //! The profile is a plain value, [`DeviceProfile`](edgellm_model::values::DeviceProfile), measured on the device itself or
 //! written from published figures; the cost model knows nothing else of the device.
@@ -34,8 +34,10 @@ mod error;
 mod measure;
 mod probe;
 mod roofline;
+pub mod stream;
 mod system;
 
 pub use error::{Result, SchedError};
 pub use measure::{ProfileRequest, measure_profile};
-pub use roofline::Roofline;
+pub use roofline::{Roofline, buffer_bytes};
+pub use system::usable_bytes;

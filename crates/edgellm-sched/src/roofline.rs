@@ -154,7 +154,7 @@ impl CostModel for Roofline {
 
 /// Memory beside the packed matrices: norms, the `f16` cache of all blocks, the buffers of one block, and scores of the
 /// vocabulary as they are computed, copied out and turned into probabilities.
-fn buffer_bytes(shape: &DecoderShape) -> u64 {
+pub fn buffer_bytes(shape: &DecoderShape) -> u64 {
     let DecoderShape { n_blocks, hidden_size, query_size, kv_size, intermediate_size, vocab_size, context } = *shape;
     let norms = (2 * n_blocks + 1) * hidden_size * 4;
     let cache = n_blocks * 2 * kv_size * 2 * cache_positions(context);

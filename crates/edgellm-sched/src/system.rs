@@ -37,7 +37,7 @@ pub(crate) fn device_name() -> String {
 
 /// Bytes that this process may use: what the system has available, and what the control groups still allow. `None`
 /// where neither is told.
-pub(crate) fn usable_bytes() -> Option<u64> {
+pub fn usable_bytes() -> Option<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok();
     let available = meminfo.as_deref().and_then(mem_available);
     let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();

@@ -1,6 +1,6 @@
 //! Writes a model with random weights and the shape of a real family: what `cargo xtask synth-model` runs.
 //!
-//! Usage: `synth_model --preset 1b --format q4g32s --tokenizer-dir DIR --out DIR [--seed 0] [--force]`
+//! Usage: `synth_model --preset 1b --format q4g32s --tokenizer-dir DIR --out DIR [--prepare] [--seed 0] [--force]`
 #![allow(clippy::print_stderr, reason = "an example talks to a person")]
 
 use std::path::PathBuf;
@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use edgellm::kernels::Format;
-use edgellm::model::synth::{PRESETS, Preset, write_random_model};
+use edgellm::kernels::{Arrangement, Format};
+use edgellm::model::synth::{PRESETS, Packing, Preset, write_random_model};
 
 /// Write a random model of a real family's shape.
 #[derive(Parser)]
@@ -26,6 +26,9 @@ struct Args {
     /// The folder to write.
     #[arg(long)]
     out: PathBuf,
+    /// Write the weights as the CPU's integer kernels use them.
+    #[arg(long)]
+    prepare: bool,
     /// Seed of the weights.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -65,7 +68,9 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     // The tokens that the tokenizer of the fixture ends a text with.
     config["bos_token_id"] = 1.into();
     config["eos_token_id"] = 2.into();
-    write_random_model(target, config, tokenizer, args.format, args.seed, args.force, &mut |done, all| {
+    let arrangement = if args.prepare { Arrangement::Panels } else { Arrangement::Rows };
+    let packing = Packing { format: args.format, arrangement };
+    write_random_model(target, config, tokenizer, packing, args.seed, args.force, &mut |done, all| {
         let percent = done * 100 / all;
         if percent >= told + 10 {
             told = percent;

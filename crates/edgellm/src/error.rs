@@ -75,6 +75,17 @@ pub enum EdgeError {
         /// The value found.
         found: String,
     },
+    /// Not even the least fits into the memory that may be used.
+    #[error(
+        "memory: expected at least {least} bytes, for buffers, embedding and one block at a time, found {limit}; give \
+             more with --max-memory, a shorter context, or a model with fewer bits"
+    )]
+    Memory {
+        /// What would do.
+        least: u64,
+        /// What there is.
+        limit: u64,
+    },
     /// The caller asked to stop.
     #[error("stopped before it was complete; nothing was changed")]
     Cancelled,

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::edgellm::{Edgellm, number};
 
 /// The middle value, or the mean of the two in the middle.
-fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
@@ -23,7 +23,7 @@ fn median(values: &[f64]) -> f64 {
 }
 
 /// A table in Markdown: the first `left` columns to the left, the others to the right.
-fn table(header: &[&str], rows: &[Vec<String>], left: usize) -> String {
+pub(crate) fn table(header: &[&str], rows: &[Vec<String>], left: usize) -> String {
     let mut widths: Vec<usize> = header.iter().map(|h| h.chars().count().max(3)).collect();
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
-use edgellm_kernels::{PackedHost, PackedLayout};
+use edgellm_kernels::{Arrangement, PackedHost, PackedLayout};
 
 use super::Decoder;
 use super::block::{Block, Linear, Weight};
@@ -103,14 +103,56 @@ impl WeightStore for ResidentStore {
     }
 }
 
+/// What a block has beside its matrices: small, and always in memory.
+#[derive(Clone, Debug)]
+pub struct BlockVectors {
+    attn_norm: Tensor<1>,
+    mlp_norm: Tensor<1>,
+    q_norm: Option<Tensor<1>>,
+    k_norm: Option<Tensor<1>>,
+    biases: [Option<Tensor<1>>; 7],
+}
+
+impl BlockVectors {
+    /// The block with these matrices, in the order of [`Projection::ALL`].
+    pub fn with(&self, weights: [Weight; 7]) -> Block {
+        let mut biases = self.biases.clone().into_iter();
+        Block {
+            attn_norm: self.attn_norm.clone(),
+            mlp_norm: self.mlp_norm.clone(),
+            q_norm: self.q_norm.clone(),
+            k_norm: self.k_norm.clone(),
+            linears: weights.map(|weight| Linear { weight, bias: biases.next().flatten() }),
+        }
+    }
+}
+
 /// Reads a model's tensors onto a device, one at a time.
-struct Loader<'a> {
+pub struct Loader<'a> {
     files: &'a ModelFiles,
     options: &'a LoadOptions,
 }
 
-impl Loader<'_> {
-    fn weight(&self, host: PackedHost) -> Result<Weight, ModelError> {
+impl<'a> Loader<'a> {
+    /// A loader of these files.
+    pub fn new(files: &'a ModelFiles, options: &'a LoadOptions) -> Self {
+        Self { files, options }
+    }
+
+    /// The layout that a stored matrix has once it is placed.
+    pub fn placed(&self, layout: PackedLayout) -> PackedLayout {
+        let rows = PackedLayout { arrangement: Arrangement::Rows, ..layout };
+        match self.options.activations {
+            Activations::Int8 if !self.options.expand => layout.prepared(),
+            _ => rows,
+        }
+    }
+
+    /// Places a matrix on the device, in the arrangement that the options ask for.
+    ///
+    /// # Errors
+    /// Its buffers do not fit its layout.
+    pub fn weight(&self, host: PackedHost) -> Result<Weight, ModelError> {
         let options = self.options;
         if options.expand {
             return Ok(Weight::Dense(host.unprepare()?.to_device(&options.device).dequantize()));
@@ -125,14 +167,7 @@ impl Loader<'_> {
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Weight, ModelError> {
         let host = self.files.matrix(name)?;
         let layout = host.layout;
-        let found = [layout.rows, layout.cols];
-        if found != shape {
-            return Err(ModelError::Value {
-                what: format!("shape of tensor {name}"),
-                expected: format!("{shape:?}, from the configuration"),
-                found: format!("{found:?}"),
-            });
-        }
+        check_shape(name, layout, shape)?;
         let weight = self.weight(host)?;
         if matches!(&weight, Weight::Packed(matrix) if matrix.layout() != layout) {
             // The file's bytes were brought into another arrangement and are not needed any more.
@@ -157,29 +192,64 @@ impl Loader<'_> {
         self.files.has(name).then(|| self.vector(name, len)).transpose()
     }
 
-    fn linear(&self, block: usize, projection: Projection) -> Result<Linear, ModelError> {
-        let shape = self.files.config().projection_shape(projection);
-        let name = projection.weight_name(block);
-        let bias = name.replace(".weight", ".bias");
-        Ok(Linear { weight: self.matrix(&name, shape)?, bias: self.optional_vector(&bias, shape[0])? })
-    }
-
-    fn block(&self, index: usize) -> Result<Block, ModelError> {
+    /// What block `index` has beside its matrices, whose shapes are checked.
+    ///
+    /// # Errors
+    /// A tensor is missing, has not the shape that the configuration says, or cannot be read.
+    pub fn vectors(&self, index: usize) -> Result<BlockVectors, ModelError> {
         let config = self.files.config();
         let name = |part: &str| format!("model.layers.{index}.{part}.weight");
-        let mut linears = Vec::with_capacity(Projection::ALL.len());
-        for projection in Projection::ALL {
-            linears.push(self.linear(index, projection)?);
+        let mut biases: [Option<Tensor<1>>; 7] = Default::default();
+        for (projection, bias) in Projection::ALL.into_iter().zip(&mut biases) {
+            let (name, shape) = (projection.weight_name(index), config.projection_shape(projection));
+            check_shape(&name, self.files.layout(&name)?, shape)?;
+            *bias = self.optional_vector(&name.replace(".weight", ".bias"), shape[0])?;
         }
-        let linears: [Linear; 7] = linears.try_into().expect("one linear per projection");
-        Ok(Block {
+        Ok(BlockVectors {
             attn_norm: self.vector(&name("input_layernorm"), config.hidden_size)?,
             mlp_norm: self.vector(&name("post_attention_layernorm"), config.hidden_size)?,
             q_norm: self.optional_vector(&name("self_attn.q_norm"), config.head_dim)?,
             k_norm: self.optional_vector(&name("self_attn.k_norm"), config.head_dim)?,
-            linears,
+            biases,
         })
     }
+
+    /// The matrices of block `index`, in the order of [`Projection::ALL`].
+    ///
+    /// # Errors
+    /// As [`Loader::vectors`].
+    pub fn weights(&self, index: usize) -> Result<[Weight; 7], ModelError> {
+        let mut weights = Vec::with_capacity(Projection::ALL.len());
+        for projection in Projection::ALL {
+            weights
+                .push(self.matrix(&projection.weight_name(index), self.files.config().projection_shape(projection))?);
+        }
+        Ok(weights.try_into().expect("one matrix per projection"))
+    }
+
+    /// One matrix of block `index`.
+    ///
+    /// # Errors
+    /// As [`Loader::vectors`].
+    pub fn one(&self, index: usize, projection: Projection) -> Result<Weight, ModelError> {
+        self.matrix(&projection.weight_name(index), self.files.config().projection_shape(projection))
+    }
+
+    fn block(&self, index: usize) -> Result<Block, ModelError> {
+        Ok(self.vectors(index)?.with(self.weights(index)?))
+    }
+}
+
+fn check_shape(name: &str, layout: PackedLayout, shape: [usize; 2]) -> Result<(), ModelError> {
+    let found = [layout.rows, layout.cols];
+    if found == shape {
+        return Ok(());
+    }
+    Err(ModelError::Value {
+        what: format!("shape of tensor {name}"),
+        expected: format!("{shape:?}, from the configuration"),
+        found: format!("{found:?}"),
+    })
 }
 
 impl Decoder {
@@ -188,7 +258,21 @@ impl Decoder {
     /// # Errors
     /// A tensor is missing, has not the shape that the configuration says, or cannot be read.
     pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Self, ModelError> {
-        let loader = Loader { files, options };
+        let loader = Loader::new(files, options);
+        let blocks = (0..files.config().n_layers).map(|index| loader.block(index)).collect::<Result<Vec<_>, _>>()?;
+        Self::load_around(files, options, Arc::new(ResidentStore::new(blocks)))
+    }
+
+    /// Loads all but the blocks, which `store` has.
+    ///
+    /// # Errors
+    /// As [`Decoder::load`].
+    pub fn load_around(
+        files: &ModelFiles,
+        options: &LoadOptions,
+        store: Arc<dyn WeightStore>,
+    ) -> Result<Self, ModelError> {
+        let loader = Loader::new(files, options);
         let config = files.config().clone();
         let vocab = [config.vocab_size, config.hidden_size];
         let embedding = loader.matrix("model.embed_tokens.weight", vocab)?;
@@ -207,8 +291,6 @@ impl Decoder {
             });
         };
         let final_norm = loader.vector("model.norm.weight", config.hidden_size)?;
-        let blocks = (0..config.n_layers).map(|index| loader.block(index)).collect::<Result<Vec<_>, _>>()?;
-        let store = Arc::new(ResidentStore::new(blocks));
         Decoder::from_parts(config, embedding, store, final_norm, head, options.device.clone())
     }
 }

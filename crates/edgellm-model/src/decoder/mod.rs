@@ -23,7 +23,7 @@ pub use edgellm_kernels::{
 
 pub use self::block::{Block, Linear, LinearObserver, Weight};
 pub use self::cache::KvCache;
-pub use self::load::{Activations, LoadOptions, ResidentStore};
+pub use self::load::{Activations, BlockVectors, LoadOptions, Loader, ResidentStore};
 pub use self::slices::SlicePass;
 
 use self::block::BlockContext;

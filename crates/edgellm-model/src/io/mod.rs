@@ -3,9 +3,11 @@
 mod atomic;
 #[allow(unsafe_code, reason = "memory maps; see the module")]
 mod mmap;
+mod storage;
 
 pub use atomic::{AtomicDir, AtomicFile, atomic_write};
 pub use mmap::MappedFile;
+pub use storage::{ALIGNMENT, StorageBuffer, StorageFile};
 
 use std::fs::File;
 use std::io::Read;

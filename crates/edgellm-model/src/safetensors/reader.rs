@@ -146,6 +146,15 @@ impl Safetensors {
         self.files[entry.file].bytes(entry.range.clone())
     }
 
+    /// The file that a tensor is in, and where in it.
+    ///
+    /// # Errors
+    /// There is no such tensor.
+    pub fn place(&self, name: &str) -> Result<(&Path, Range<u64>)> {
+        let entry = self.entry(name)?;
+        Ok((self.files[entry.file].path(), entry.range.start as u64..entry.range.end as u64))
+    }
+
     /// Gives a tensor's pages back to the system, after it was copied.
     pub fn release(&self, name: &str) {
         if let Some(entry) = self.get(name) {

@@ -21,7 +21,7 @@ pub(crate) struct DataArgs {
     template: Option<PromptTemplate>,
     /// Tokens of an example at most
     #[arg(long, default_value_t = 256, value_name = "N")]
-    max_len: usize,
+    pub(crate) max_len: usize,
     /// What data files hold: jsonl, csv or text (default: by name, .jsonl, .csv, or .txt and .md)
     #[arg(long, value_name = "FORMAT")]
     data_format: Option<DataFormat>,

@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::data::DataArgs;
 use super::failure::Usage;
+use super::memory::Room;
 use super::progress::Counted;
 use super::run_adapters::load_adapter;
 use super::{Context, check_output_file, stop_if_requested};
@@ -63,7 +64,7 @@ impl Draft {
             let text = "expected at least 10 --prompts, 2 tokens (-n) and 1 token in --shortlist";
             return Err(Usage(text.into()).into());
         }
-        let model = ctx.load(&self.model)?;
+        let model = ctx.load(&self.model, Room::PASSES)?;
         if self.exit >= model.decoder.n_blocks() {
             let most = model.decoder.n_blocks() - 1;
             return Err(Usage(format!("--exit: expected at most {most} blocks, found {}", self.exit)).into());

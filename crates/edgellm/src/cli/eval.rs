@@ -17,6 +17,7 @@ use serde_json::json;
 
 use super::data::DataArgs;
 use super::failure::Usage;
+use super::memory::Room;
 use super::output::{bytes, seconds, table};
 use super::progress::Counted;
 use super::run::exits;
@@ -86,7 +87,7 @@ impl Eval {
             let text = format!("--context: expected at least 3, found {}; --windows: at least 1", self.context);
             return Err(Usage(text).into());
         }
-        let model = ctx.load(&self.model)?;
+        let model = ctx.load(&self.model, Room::PASSES)?;
         let most = model.decoder.config().max_position_embeddings;
         if self.text.is_some() && self.context > most {
             let text =

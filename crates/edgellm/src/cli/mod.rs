@@ -16,6 +16,7 @@ mod inspect;
 mod interrupt;
 mod logits;
 mod measure;
+mod memory;
 mod merge;
 mod output;
 mod plan;
@@ -38,13 +39,12 @@ use clap::{Args, Parser, Subcommand};
 use edgellm::device::DeviceChoice;
 use edgellm::kernels::{Isa, force_isa};
 use edgellm::model::decoder::Activations;
-use edgellm::session::{LoadedModel, load_model};
 use edgellm::store::Store;
 use serde_json::Value;
 use tracing_subscriber::filter::LevelFilter;
 
 use self::failure::{Interrupted, Usage, exit_code, message};
-use self::output::say;
+use self::output::{parse_size, say};
 use self::progress::{Counted, Progress};
 
 /// Compress, adapt and run language models on the device where they are used.
@@ -82,6 +82,10 @@ struct Global {
     /// Threads for computing (default: all cores)
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Memory that this process may take, such as 1.5GB: blocks that do not fit are streamed from storage, and tuning steps
+    /// are chosen to fit (default: what the system has left, for the weights alone)
+    #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size)]
+    max_memory: Option<u64>,
 }
 
 #[derive(Subcommand)]
@@ -110,6 +114,7 @@ pub(crate) struct Context {
     quiet: bool,
     verbose: u8,
     threads: Option<u16>,
+    max_memory: Option<u64>,
     device: DeviceChoice,
     activations: Activations,
     store: Store,
@@ -131,26 +136,6 @@ impl Context {
     /// Progress on standard error, unless `-q`.
     pub(crate) fn progress(&self, what: &str, total: u64, counted: Counted) -> Progress {
         Progress::new(self.quiet, what, total, counted)
-    }
-
-    /// Loads the model that `-m` names.
-    pub(crate) fn load(&self, name: &str) -> anyhow::Result<LoadedModel> {
-        self.load_with(name, self.activations)
-    }
-
-    /// Loads a model that others are compared with: it computes in f32, whatever `--activations` says.
-    pub(crate) fn load_reference(&self, name: &str) -> anyhow::Result<LoadedModel> {
-        self.load_with(name, Activations::F32)
-    }
-
-    pub(crate) fn load_with(&self, name: &str, activations: Activations) -> anyhow::Result<LoadedModel> {
-        let path = self.store.resolve(name)?;
-        // A device that is not there is reported before a file is read.
-        let options = self.device.load_options(activations)?;
-        let start = std::time::Instant::now();
-        let model = load_model(&path, &options)?;
-        tracing::info!(path = %path.display(), device = %self.device, seconds = start.elapsed().as_secs_f64(), "loaded");
-        Ok(model)
     }
 }
 
@@ -262,6 +247,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         quiet: global.quiet,
         verbose: global.verbose,
         threads,
+        max_memory: global.max_memory,
         device: global.device,
         activations: global.activations,
         store: environment::store()?,

@@ -19,6 +19,7 @@ use edgellm::session::LoadedModel;
 use serde_json::{Value, json};
 
 use super::failure::{Interrupted, Usage, usage};
+use super::memory::{Room, streaming_json};
 use super::output::{print, seconds};
 use super::prompt::{encode_prompt, read_messages, render};
 use super::run_adapters::{self, AdapterArgs, Line, Votes};
@@ -27,6 +28,11 @@ use super::{Context, check_output_file, interrupt, logits, vote};
 
 /// Exits that vote where no adapter says which.
 const DEFAULT_EXITS: usize = 4;
+
+/// Bytes of text that make a token, at least as a rule.
+const BYTES_PER_TOKEN: usize = 3;
+/// Tokens that a chat template adds, and those of a few turns of a conversation.
+const TEMPLATE_TOKENS: usize = 256;
 
 /// Generate text, or chat
 #[derive(Args)]
@@ -147,6 +153,14 @@ impl Answer {
 }
 
 impl Run {
+    /// Keys and values of the prompt, of which nothing more is known yet than its length in bytes, and of the text.
+    fn room(&self) -> Room {
+        let file = self.file.as_ref().or(self.messages.as_ref()).and_then(|path| path.metadata().ok());
+        let in_file = file.map_or(0, |metadata| usize::try_from(metadata.len()).unwrap_or(usize::MAX / 4));
+        let given = self.prompt.as_ref().map_or(0, String::len) + self.system.as_ref().map_or(0, String::len);
+        Room::text((in_file + given) / BYTES_PER_TOKEN + TEMPLATE_TOKENS, self.n)
+    }
+
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
         let mut sampler = self.sampling.sampler()?;
         if let Some(path) = &self.dump_logits {
@@ -157,7 +171,7 @@ impl Run {
         if self.render_only {
             return self.render(ctx);
         }
-        let mut model = ctx.load(&self.model)?;
+        let mut model = ctx.load(&self.model, self.room())?;
         self.adapters.load(&mut model)?;
         let adapter = model.adapters.current();
         let exits = exits(adapter, model.decoder.n_blocks())?;
@@ -195,6 +209,7 @@ impl Run {
         if ctx.json {
             let mut json = answer.json();
             json["early_exits"] = Faster::json(&generator);
+            json["streaming"] = streaming_json(model.streaming.as_ref());
             ctx.result(json, String::new)?;
         }
         if interrupt::requested() {

@@ -15,6 +15,7 @@ use super::bench::{cpu_ns, median};
 use super::data::DataArgs;
 use super::draft::prompt_of;
 use super::failure::Usage;
+use super::memory::Room;
 use super::output::table;
 use super::progress::Counted;
 use super::run_adapters::load_adapter;
@@ -81,7 +82,7 @@ impl Speculate {
         if self.prompts == 0 || self.n < 2 {
             return Err(Usage("expected at least 1 in --prompts and 2 tokens (-n)".into()).into());
         }
-        let model = ctx.load(&self.model)?;
+        let model = ctx.load(&self.model, Room::text(512, 512))?;
         let adapter = load_adapter(self.adapter.as_deref(), &model)?;
         let drafters = match &self.drafter {
             Some(path) => Drafters::of_file(&model.decoder, path)?,

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::data::DataArgs;
 use super::failure::Usage;
+use super::memory::Room;
 use super::output::{seconds, table};
 use super::progress::Counted;
 use super::run::exits;
@@ -61,7 +62,7 @@ impl Vote {
         if self.tokens < 64 {
             return Err(Usage(format!("--tokens: expected at least 64, found {}", self.tokens)).into());
         }
-        let model = ctx.load(&self.model)?;
+        let model = ctx.load(&self.model, Room::PASSES)?;
         let decoder = &model.decoder;
         let adapter = load_adapter(Some(&self.adapter), &model)?;
         let exits = exits(adapter.as_ref(), decoder.n_blocks())?;

@@ -63,6 +63,13 @@ impl Bench {
         serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
     }
 
+    /// What a command that succeeds says on standard error.
+    pub(crate) fn says(&self, line: &str) -> String {
+        let output = self.output(line.split_whitespace());
+        succeeded(&output);
+        String::from_utf8(output.stderr).unwrap()
+    }
+
     /// Runs a command that must fail with `code`; returns its message.
     pub(crate) fn fails(&self, line: &str, code: i32) -> String {
         failed(&self.output(line.split_whitespace()), code)

@@ -24,7 +24,6 @@ use self::report::held_out;
 use super::data::DataArgs;
 use super::failure::{Interrupted, Usage, usage};
 use super::measure::model_name;
-use super::output::parse_size;
 use super::{Context, check_output_dir, check_output_file, interrupt, stop_if_requested};
 
 /// Blocks below an exit that a step trains, if nothing else is asked for.
@@ -71,9 +70,6 @@ pub(crate) struct Adapt {
     /// Blocks of the window that keep their activations; the others compute them again, which needs less memory
     #[arg(long, value_name = "N", default_value_t = DEFAULT_WINDOW, conflicts_with = "max_memory")]
     keep_blocks: usize,
-    /// Memory that this process may use, such as 300MB: chooses window, tokens at once and kept activations
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    max_memory: Option<u64>,
     /// Which examples a step takes: file, shuffled, or bucketed (of similar length)
     #[arg(long, default_value = "file", value_name = "ORDER")]
     order: String,
@@ -136,7 +132,7 @@ struct OptimizerArgs {
 impl Adapt {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<ExitCode> {
         self.check()?;
-        let model = ctx.load(&self.model)?;
+        let model = ctx.load(&self.model, self.room(ctx)?)?;
         let config = self.config(model.decoder.n_blocks())?;
         let eval_data = self.eval_data.as_deref();
         let data = self.format.read_training(&model, &self.data, eval_data, self.val_split, self.seed)?;

@@ -5,6 +5,7 @@ use std::time::Instant;
 use edgellm::eval::rss_bytes;
 use edgellm::model::adapter::Adapter;
 use edgellm::model::data::Example;
+use edgellm::model::files::ModelFiles;
 use edgellm::model::traits::MetricSink;
 use edgellm::session::LoadedModel;
 use edgellm::tune::control::{Control, Flow, PauseEvent, run_paused};
@@ -14,11 +15,15 @@ use edgellm::tune::{StepReport, Trainer, TuneConfig};
 use serde_json::{Value, json};
 
 use super::super::Context;
+use super::super::memory::Room;
 use super::super::output::bytes;
 use super::super::progress::Counted;
 use super::durability::{Saver, identity};
 use super::report::step_json;
 use super::{Adapt, DEFAULT_WINDOW};
+
+/// Hundredths of the memory that steps may take from weights that could stay in it.
+const STEP_SHARE: u64 = 50;
 
 /// What a run of steps gave.
 pub(super) struct Tuned {
@@ -76,6 +81,20 @@ impl Adapt {
         Ok(Tuned { adapter: trainer.into_adapter(), reports, seconds, stopped, resumed_at, plan })
     }
 
+    /// What steps need beside the weights: all that makes them fast, but at most [`STEP_SHARE`] of the memory. Weights that
+    /// do not fit are streamed in every pass, so that many tokens at once are worth more than a few blocks in memory.
+    pub(super) fn room(&self, ctx: &Context) -> anyhow::Result<Room> {
+        let files = ModelFiles::open(&ctx.store.resolve(&self.model)?)?;
+        let config = self.config(files.config().n_layers)?;
+        let shape = StepShape::new(files.config(), &config);
+        let tokens = config.batch_size * self.format.max_len;
+        let windows = config.window..config.window + 1;
+        let plan = shape.plan(u64::MAX, tokens, self.format.max_len, windows)?;
+        let wanted = shape.adapter_bytes() + plan.bytes;
+        let most = ctx.max_memory.map_or(u64::MAX, |limit| limit / 100 * STEP_SHARE);
+        Ok(Room { cache_tokens: 0, pass_tokens: 0, other: wanted.min(most) })
+    }
+
     /// Fits the settings into `--max-memory`; returns what was chosen.
     fn fit(
         &self,
@@ -84,7 +103,9 @@ impl Adapt {
         config: &mut TuneConfig,
         train: &[Example],
     ) -> anyhow::Result<Value> {
-        let Some(budget) = self.max_memory else { return Ok(Value::Null) };
+        let Some(budget) = ctx.max_memory else { return Ok(Value::Null) };
+        // Weights in mapped files take memory only once they were used.
+        model.decoder.forward(&[0], None, None)?;
         let used = rss_bytes()
             .ok_or_else(|| anyhow::anyhow!("--max-memory: this system does not tell how much memory a process uses"))?;
         let shape = StepShape::new(model.decoder.config(), config);

@@ -22,6 +22,7 @@ use self::kernels::KernelArgs;
 use self::model::{ModelBench, Test, TuneStep};
 use self::report::Row;
 use super::failure::Usage;
+use super::memory::Room;
 use super::{Context, output, stop_if_requested};
 
 /// Measure how fast a model reads prompts, generates and is tuned
@@ -127,11 +128,18 @@ impl Bench {
         Ok(tests)
     }
 
+    /// What the tests need beside the weights; tuning steps come on top of a pass, and are not counted.
+    fn room(&self) -> Room {
+        let most = |list: &[usize]| list.iter().copied().max().unwrap_or(0);
+        let (prompt, generated) = (most(&self.n_prompt), most(&self.n_gen));
+        Room { cache_tokens: prompt.max(generated), pass_tokens: prompt.max(most(&self.tune)), other: 0 }
+    }
+
     fn measure(&self, ctx: &Context, tests: &[Test]) -> anyhow::Result<Vec<Row>> {
         let mut rows = Vec::new();
         for name in &self.model {
             stop_if_requested()?;
-            let bench = ModelBench::load(ctx, name, self.repetitions)?;
+            let bench = ModelBench::load(ctx, name, self.room(), self.repetitions)?;
             for &test in tests {
                 rows.push(bench.run(test)?);
             }
@@ -167,6 +175,7 @@ impl Bench {
             format!("--device={}", ctx.device),
             format!("--activations={}", ctx.activations),
         ]);
+        arguments.extend(ctx.max_memory.map(|bytes| format!("--max-memory={bytes}")));
         arguments.extend(self.tune_window.map(|window| format!("--tune-window={window}")));
         arguments.extend(self.tune_recompute.then(|| "--tune-recompute".into()));
         arguments.extend(ctx.quiet.then(|| "--quiet".into()));

@@ -17,6 +17,7 @@ use edgellm::tune::voters::voter;
 use edgellm::tune::{Keep, MICRO_TOKENS, Trainer, TuneConfig};
 
 use super::super::failure::{Usage, usage};
+use super::super::memory::Room;
 use super::super::progress::Counted;
 use super::super::{Context, stop_if_requested};
 use super::process::{cpu_ns, reset_peak_rss};
@@ -107,8 +108,8 @@ pub(crate) struct ModelBench<'a> {
 
 impl<'a> ModelBench<'a> {
     /// Loads the model that `name` names.
-    pub(crate) fn load(ctx: &'a Context, name: &str, repetitions: usize) -> anyhow::Result<Self> {
-        let model = ctx.load(name)?;
+    pub(crate) fn load(ctx: &'a Context, name: &str, room: Room, repetitions: usize) -> anyhow::Result<Self> {
+        let model = ctx.load(name, room)?;
         let size = Size::of(&model.files)?;
         let common = Row {
             build_version: env!("CARGO_PKG_VERSION").into(),
@@ -137,6 +138,8 @@ impl<'a> ModelBench<'a> {
             cpu_ns: None,
             ttft_ns: None,
             peak_rss_bytes: None,
+            streamed_bytes: None,
+            streamed_gbps: None,
         };
         Ok(Self { ctx, model, common, repetitions })
     }
@@ -159,12 +162,19 @@ impl<'a> ModelBench<'a> {
             }
         }
         reset_peak_rss();
+        let streamed = || self.model.streaming.as_ref().map(|streaming| streaming.store.streamed());
+        let (before, start) = (streamed(), Instant::now());
         let mut samples = match test {
             Test::Prompt { tokens } => self.prompt(tokens, &mut row)?,
             Test::Generate { tokens } => self.generate(tokens, &row)?,
             Test::Tune { tokens, step } => self.tune(tokens, step, &row)?,
         };
         row.peak_rss_bytes = peak_rss_bytes();
+        if let (Some(before), Some(after)) = (before, streamed()) {
+            let bytes = after.bytes - before.bytes;
+            row.streamed_bytes = Some(bytes);
+            row.streamed_gbps = Some(bytes as f64 / start.elapsed().as_secs_f64() * 1e-9);
+        }
         let cpu = samples.cpu();
         row.set_samples(samples.wall_ns, cpu);
         Ok(row)

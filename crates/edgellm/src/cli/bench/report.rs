@@ -49,10 +49,14 @@ pub(crate) struct Row {
     pub(crate) ttft_ns: Option<u64>,
     /// Peak of the resident memory in this test; `null` where the system does not tell.
     pub(crate) peak_rss_bytes: Option<u64>,
+    /// Bytes of weights that this test read from storage, warm-up included; `null` where all of them are in memory.
+    pub(crate) streamed_bytes: Option<u64>,
+    /// At how many GB/s.
+    pub(crate) streamed_gbps: Option<f64>,
 }
 
 /// The columns of CSV, in the order of JSON.
-const COLUMNS: [&str; 26] = [
+const COLUMNS: [&str; 28] = [
     "build_version",
     "isa",
     "device",
@@ -79,6 +83,8 @@ const COLUMNS: [&str; 26] = [
     "cpu_ns",
     "ttft_ns",
     "peak_rss_bytes",
+    "streamed_bytes",
+    "streamed_gbps",
 ];
 
 impl Row {
@@ -237,6 +243,8 @@ mod tests {
             cpu_ns: None,
             ttft_ns: (n_prompt > 0).then_some(1_234_567),
             peak_rss_bytes: Some(130_000_000),
+            streamed_bytes: None,
+            streamed_gbps: None,
         };
         row.set_samples(vec![1_000_000_000, 500_000_000], Some(vec![2, 3]));
         row
