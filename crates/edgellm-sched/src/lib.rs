@@ -18,6 +18,7 @@
 //!     handover_us: 5.0,
 //!     usable_bytes: 4_000_000_000,
 //!     decode: Vec::new(),
+//!     storage: Vec::new(),
 //! };
 //! let model = Roofline::new(profile)?;
 //! let matrix = [MatrixShape { name: "w".into(), rows: 2048, cols: 2048 }];
@@ -34,6 +35,7 @@ mod error;
 mod measure;
 mod probe;
 mod roofline;
+mod storage;
 pub mod stream;
 mod system;
 

@@ -6,10 +6,12 @@
 //!   of several. Cores of a slower kind are scaled by the system's figure for their capacity, since a portable
 //!   program cannot choose the core it runs on.
 //! - **Hand-over**: the median time of an empty parallel region on all threads.
+//! - **Storage**: a file of 256 MB is written and read past the system's cache, with 1, 2, 4 and 8 requests at once.
 //! - **Decoding**: products with matrices of every packed format, and decoders of two sizes, with 1, 2, ... threads.
 
 use std::hint::black_box;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
@@ -17,7 +19,7 @@ use edgellm_model::generate::to_vec;
 use edgellm_model::values::{CoreKind, DeviceProfile, Value};
 
 use crate::error::{Result, SchedError};
-use crate::{decode, system};
+use crate::{decode, storage, system};
 
 /// Bytes that are read to measure the bandwidth: larger than the caches of any device that this is for.
 const BUFFER_BYTES: usize = 256 << 20;
@@ -37,6 +39,8 @@ pub struct ProfileRequest {
     pub usable_bytes: Option<u64>,
     /// Threads at most; `None` for all.
     pub threads: Option<NonZeroUsize>,
+    /// A folder on the storage that holds models, in which a file is written and removed again; `None` for no figure.
+    pub storage: Option<PathBuf>,
 }
 
 /// Measures the device that this runs on. Takes about half a minute, in which nothing else should run. `on_step` gets the
@@ -62,6 +66,7 @@ pub fn measure_profile(request: &ProfileRequest, on_step: &mut dyn FnMut(usize, 
         handover_us: handover_us(threads)?,
         usable_bytes,
         decode: decode::measure(threads, buffer as u64, on_step)?,
+        storage: request.storage.as_deref().map(storage::measure).transpose()?.unwrap_or_default(),
     })
 }
 
@@ -164,7 +169,7 @@ fn pool(threads: usize) -> Result<rayon::ThreadPool> {
 }
 
 /// A measured figure to three decimals, which is more than repeated measurements agree on.
-fn rate(what: &'static str, value: f64) -> Result<f64> {
+pub(crate) fn rate(what: &'static str, value: f64) -> Result<f64> {
     let rounded = (value * 1e3).round() / 1e3;
     if rounded.is_finite() && rounded > 0.0 { Ok(rounded) } else { Err(SchedError::Measurement { what, found: value }) }
 }
@@ -176,8 +181,13 @@ mod tests {
 
     #[test]
     fn this_machine_has_a_profile_that_the_cost_model_takes() {
-        let request =
-            ProfileRequest { name: Some("here".into()), usable_bytes: Some(1 << 30), threads: NonZeroUsize::new(2) };
+        let folder = tempfile::tempdir().unwrap();
+        let request = ProfileRequest {
+            name: Some("here".into()),
+            usable_bytes: Some(1 << 30),
+            threads: NonZeroUsize::new(2),
+            storage: Some(folder.path().to_owned()),
+        };
         let profile = measure_profile(&request, &mut |_, _| {}).unwrap();
         assert_eq!((profile.name.as_str(), profile.usable_bytes), ("here", 1 << 30));
         let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(2);
@@ -189,6 +199,8 @@ mod tests {
             let rate = |name: &str| rates.formats.iter().find(|f| f.format == name).unwrap().ns_per_weight;
             assert!(rate("f32") > rate("q2g32s"), "{rates:?}");
         }
+        assert!(profile.storage.iter().all(|rate| rate.gbps > 0.0), "{:?}", profile.storage);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "the file is removed");
         Roofline::new(profile.clone()).unwrap();
         let text = serde_json::to_string(&profile).unwrap();
         assert_eq!(serde_json::from_str::<DeviceProfile>(&text).unwrap(), profile);

@@ -181,6 +181,7 @@ mod tests {
             handover_us: 20.0,
             usable_bytes: 1 << 30,
             decode: Vec::new(),
+            storage: Vec::new(),
         }
     }
 

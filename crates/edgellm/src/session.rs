@@ -67,7 +67,16 @@ pub struct Memory {
 impl Memory {
     /// Bytes for a cache, for what a pass computes, and for what the allocator holds beside.
     fn buffers(&self, config: &ModelConfig) -> u64 {
-        let shape = DecoderShape {
+        let shape = self.shape(config);
+        let widths = 4 * shape.hidden_size + 3 * shape.query_size + 3 * shape.kv_size + 4 * shape.intermediate_size;
+        let pass = 4 * self.pass_tokens.max(1) as u64 * widths as u64;
+        let sum = self.other + buffer_bytes(&shape) + pass;
+        sum + sum / 16 + ALLOCATOR
+    }
+
+    /// The sizes that time and memory beside the weights depend on.
+    pub(crate) fn shape(&self, config: &ModelConfig) -> DecoderShape {
+        DecoderShape {
             n_blocks: config.n_layers,
             hidden_size: config.hidden_size,
             query_size: config.n_heads * config.head_dim,
@@ -75,11 +84,7 @@ impl Memory {
             intermediate_size: config.intermediate_size,
             vocab_size: config.vocab_size,
             context: self.cache_tokens,
-        };
-        let widths = 4 * shape.hidden_size + 3 * shape.query_size + 3 * shape.kv_size + 4 * shape.intermediate_size;
-        let pass = 4 * self.pass_tokens.max(1) as u64 * widths as u64;
-        let sum = self.other + buffer_bytes(&shape) + pass;
-        sum + sum / 16 + ALLOCATOR
+        }
     }
 }
 
@@ -137,30 +142,58 @@ fn load(path: &Path, options: &LoadOptions, memory: Option<Memory>) -> Result<Lo
 
 /// The blocks, if they do not all fit.
 fn stream(files: &ModelFiles, options: &LoadOptions, memory: Memory) -> Result<Option<Streaming>, EdgeError> {
-    let config = files.config();
-    let outside = |name: &str| {
-        let layout = files.has(name).then(|| files.layout(name)).transpose()?;
-        Ok::<_, EdgeError>(layout.map_or(0, |layout| Loader::new(files, options).placed(layout).bytes()))
-    };
-    let mut fixed = rss_bytes().unwrap_or(0) + memory.buffers(config) + outside("model.embed_tokens.weight")?;
-    if !config.tie_word_embeddings {
-        fixed += outside("lm_head.weight")?;
-    }
-    let mut blocks = 0;
-    for name in (0..config.n_layers).flat_map(|index| Projection::ALL.map(|p| p.weight_name(index))) {
-        blocks += Loader::new(files, options).placed(files.layout(&name)?).bytes();
-    }
-    if fixed + blocks <= memory.limit {
+    let needs = Needs::of(files, options, memory)?;
+    if needs.all_fit() {
         return Ok(None);
     }
     let source = BlockSource::open(files, options)?;
     let sizes: Vec<u64> = (0..source.n_blocks()).map(|index| source.bytes(index) as u64).collect();
-    let too_small = |least: u64| EdgeError::Memory { least: fixed + least, limit: memory.limit };
-    let left = memory.limit.checked_sub(fixed).ok_or_else(|| too_small(sizes.iter().copied().max().unwrap_or(0)))?;
-    let read_rate = source.measure_rate()?;
     let seconds: Vec<f64> = sizes.iter().map(|bytes| *bytes as f64 / COMPUTE_RATE).collect();
-    let placement = place(&sizes, &seconds, read_rate, left).map_err(|error| too_small(error.least))?;
+    let left = needs.left(&sizes)?;
+    let read_rate = source.measure_rate()?;
+    let placement = place(&sizes, &seconds, read_rate, left).map_err(|error| needs.too_small(error.least))?;
     let (ready, direct) = (source.is_ready(), source.is_direct());
     let store = Arc::new(StreamedStore::new(source, &placement)?);
     Ok(Some(Streaming { placement, store, read_rate, ready, direct }))
+}
+
+/// What a model needs in memory.
+pub(crate) struct Needs {
+    /// The process as it is, buffers, embedding and head.
+    pub(crate) fixed: u64,
+    /// All blocks, in the arrangement in which they run.
+    blocks: u64,
+    limit: u64,
+}
+
+impl Needs {
+    pub(crate) fn of(files: &ModelFiles, options: &LoadOptions, memory: Memory) -> Result<Self, EdgeError> {
+        let config = files.config();
+        let bytes = |name: &str| -> Result<u64, EdgeError> {
+            Ok(Loader::new(files, options).placed(files.layout(name)?).bytes())
+        };
+        let mut fixed = rss_bytes().unwrap_or(0) + memory.buffers(config) + bytes("model.embed_tokens.weight")?;
+        if !config.tie_word_embeddings && files.has("lm_head.weight") {
+            fixed += bytes("lm_head.weight")?;
+        }
+        let mut blocks = 0;
+        for name in (0..config.n_layers).flat_map(|index| Projection::ALL.map(|p| p.weight_name(index))) {
+            blocks += bytes(&name)?;
+        }
+        Ok(Self { fixed, blocks, limit: memory.limit })
+    }
+
+    pub(crate) fn all_fit(&self) -> bool {
+        self.fixed + self.blocks <= self.limit
+    }
+
+    /// Bytes for blocks of these sizes.
+    pub(crate) fn left(&self, sizes: &[u64]) -> Result<u64, EdgeError> {
+        let largest = sizes.iter().copied().max().unwrap_or(0);
+        self.limit.checked_sub(self.fixed).ok_or_else(|| self.too_small(largest))
+    }
+
+    pub(crate) fn too_small(&self, least: u64) -> EdgeError {
+        EdgeError::Memory { least: self.fixed + least, limit: self.limit }
+    }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::Bench;
+use common::{Bench, profile};
 use edgellm::kernels::{Arrangement, Format};
 use edgellm::model::synth::{Packing, write_random_model};
 use serde_json::{Value, json};
@@ -59,4 +59,42 @@ fn speed_is_told_with_what_was_read() {
     let limit = least(&b.fails(&format!("{line} --max-memory 1MB"), 1)) + 10_000_000;
     let row = &b.json(&format!("{line} --max-memory {limit}"))["tests"][0];
     assert!(row["streamed_bytes"].as_u64().unwrap() > 0 && row["streamed_gbps"].as_f64().unwrap() > 0.0, "{row}");
+}
+
+#[test]
+fn a_schedule_says_what_stays_and_draws_a_token() {
+    let b = Bench::new();
+    big_model(&b, Arrangement::Panels);
+    let symmetric = |value: &mut Value| {
+        for rates in value["decode"].as_array_mut().unwrap() {
+            for format in rates["formats"].as_array_mut().unwrap() {
+                let name = format["format"].as_str().unwrap().replace("g32a", "g32s");
+                format["format"] = json!(name);
+            }
+        }
+    };
+    profile(&b, "slow.json", symmetric);
+    profile(&b, "p.json", |value| {
+        symmetric(value);
+        value["storage"] = json!([{"requests": 1, "gbps": 0.5}, {"requests": 4, "gbps": 1.0}]);
+    });
+    let whole = b.json("schedule -m big --profile slow.json --max-memory 1GB");
+    assert_eq!((&whole["read_rate"], &whole["buffers"]), (&Value::Null, &json!(0)));
+    let least = least(&b.fails("schedule -m big --profile p.json --max-memory 1MB", 1));
+    let limited = format!("--max-memory {}", least + 10_000_000);
+    let found = b.json(&format!("schedule -m big --profile p.json {limited} --chart t.svg"));
+    assert_eq!(found["read_rate"], 1e9);
+    let (read, seconds) =
+        (found["read_bytes_per_token"].as_f64().unwrap(), found["seconds_per_token"].as_f64().unwrap());
+    // A token takes as long as reading or computing does, whichever is more, and not as long as both.
+    let computes = whole["seconds_per_token"].as_f64().unwrap();
+    assert!(seconds >= 0.999 * (read * 1e-9).max(computes) && seconds < read * 1e-9 + computes, "{found}, {computes}");
+    assert!(found["peak_bytes"].as_u64().unwrap() <= least + 10_000_000);
+    let svg = std::fs::read_to_string(b.path("t.svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("computes") && svg.contains("reads"));
+    let text = b.ok(&format!("schedule -m big --profile p.json {limited} --explain"));
+    assert!(text.contains("storage") && text.contains("q8g32s") && text.contains("tokens/s"), "{text}");
+    let message = b.fails(&format!("schedule -m big --profile slow.json {limited}"), 1);
+    assert!(message.contains("`edgellm profile`"), "{message}");
+    b.fails(&format!("schedule -m big --profile none.json {limited}"), 1);
 }

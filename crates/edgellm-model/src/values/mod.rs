@@ -14,5 +14,5 @@ pub use file::{Value, read_value, write_value};
 pub use format::{LayerFormat, Pattern, Scales};
 pub use measurement::{Measurement, UnitMeasurement};
 pub use policy::{Budget, CompressionPolicy, UnitPolicy};
-pub use profile::{CoreKind, DecodeRates, DeviceProfile, FormatRate};
+pub use profile::{CoreKind, DecodeRates, DeviceProfile, FormatRate, StorageRate};
 pub use unit::{Granularity, MatrixShape, Projection, Unit};

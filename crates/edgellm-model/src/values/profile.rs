@@ -46,6 +46,15 @@ pub struct DecodeRates {
     pub formats: Vec<FormatRate>,
 }
 
+/// How fast storage is read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StorageRate {
+    /// Requests at once.
+    pub requests: usize,
+    /// Sequential reads of 4 MiB past the system's cache, in GB/s (1e9 bytes).
+    pub gbps: f64,
+}
+
 /// A device profile: the cost model's only knowledge of a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceProfile {
@@ -66,6 +75,9 @@ pub struct DeviceProfile {
     /// Decoding with 1, 2, ... threads; empty if only published figures are known.
     #[serde(default)]
     pub decode: Vec<DecodeRates>,
+    /// Reading from storage; empty if it was not measured, or the system does not read past its cache.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub storage: Vec<StorageRate>,
 }
 
 impl Value for DeviceProfile {

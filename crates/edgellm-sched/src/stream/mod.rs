@@ -9,6 +9,6 @@ mod place;
 mod source;
 mod store;
 
-pub use place::{Placement, PlacementError, place};
+pub use place::{Placement, PlacementError, Step, place, timeline};
 pub use source::BlockSource;
 pub use store::{Streamed, StreamedStore};

@@ -134,29 +134,72 @@ impl Candidate {
     }
 }
 
+/// A block in a pass: when it is read and when it is computed, in seconds since the pass before it ended. What was read ahead
+/// has times below 0.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Step {
+    /// The block.
+    pub block: usize,
+    /// From when to when it is read, if it is.
+    pub read: Option<(f64, f64)>,
+    /// From when to when it computes.
+    pub compute: (f64, f64),
+}
+
+/// A pass through all blocks, once the passes repeat themselves.
+///
+/// # Panics
+/// If there are not as many sizes and times as blocks.
+pub fn timeline(placement: &Placement, sizes: &[u64], seconds: &[f64], read_rate: f64) -> Vec<Step> {
+    assert_eq!((sizes.len(), seconds.len()), (placement.resident.len(), placement.resident.len()), "blocks");
+    let mut steps = Vec::new();
+    let start = play(sizes, seconds, &placement.resident, placement.slots, read_rate, |step| steps.push(step)).0;
+    let mut last = steps.split_off(steps.len() - sizes.len());
+    let shift = |(from, to): (f64, f64)| (from - start, to - start);
+    for step in &mut last {
+        (step.read, step.compute) = (step.read.map(shift), shift(step.compute));
+    }
+    last
+}
+
 /// Seconds of a pass through all blocks, once the passes repeat themselves.
 fn round_seconds(sizes: &[u64], seconds: &[f64], resident: &[bool], slots: usize, read_rate: f64) -> f64 {
-    let streamed: Vec<usize> = (0..sizes.len()).filter(|&i| !resident[i]).collect();
-    if streamed.is_empty() {
+    if resident.iter().all(|stays| *stays) {
         return seconds.iter().sum();
     }
+    let (start, end) = play(sizes, seconds, resident, slots, read_rate, |_| {});
+    end - start
+}
+
+/// Plays four passes; tells when the last one starts and ends.
+fn play(
+    sizes: &[u64],
+    seconds: &[f64],
+    resident: &[bool],
+    slots: usize,
+    read_rate: f64,
+    mut see: impl FnMut(Step),
+) -> (f64, f64) {
     // When the streamed blocks of all passes so far were computed, and when the reader was done.
     let (mut done, mut reader, mut now, mut last) = (Vec::new(), 0.0f64, 0.0f64, 0.0);
     for _ in 0..4 {
         last = now;
-        for (i, compute) in seconds.iter().enumerate() {
-            if !resident[i] {
+        for (block, compute) in seconds.iter().enumerate() {
+            let read = (!resident[block]).then(|| {
                 let free = if done.len() < slots { 0.0 } else { done[done.len() - slots] };
-                reader = reader.max(free) + sizes[i] as f64 / read_rate;
+                let start = reader.max(free);
+                reader = start + sizes[block] as f64 / read_rate;
                 now = now.max(reader);
-            }
+                (start, reader)
+            });
+            see(Step { block, read, compute: (now, now + compute) });
             now += compute;
-            if !resident[i] {
+            if read.is_some() {
                 done.push(now);
             }
         }
     }
-    now - last
+    (last, now)
 }
 
 #[cfg(test)]
@@ -181,6 +224,20 @@ mod tests {
         assert_eq!(round_seconds(&[4; 4], &[1.0; 4], &resident, 1, 1.0), 10.0);
         // Where computing is slower, it is all there is.
         assert_eq!(round_seconds(&[4; 4], &[9.0; 4], &resident, 2, 1.0), 36.0);
+    }
+
+    #[test]
+    fn a_timeline_is_the_pass_that_was_counted() {
+        let (sizes, seconds) = ([4, 6, 4, 4], [1.0, 2.0, 1.0, 1.0]);
+        let placement = place(&sizes, &seconds, 1.0, 14).unwrap();
+        let steps = timeline(&placement, &sizes, &seconds, 1.0);
+        assert_eq!(steps.iter().map(|s| s.block).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert!((steps[3].compute.1 - placement.seconds).abs() < 1e-9, "{steps:?}");
+        for (step, stays) in steps.iter().zip(&placement.resident) {
+            assert_eq!(step.read.is_none(), *stays);
+            assert!(step.read.is_none_or(|read| read.1 <= step.compute.0 + 1e-9), "{step:?}");
+        }
+        assert!(steps.windows(2).all(|pair| pair[0].compute.1 <= pair[1].compute.0 + 1e-9));
     }
 
     /// Against all placements with all numbers of buffers.

@@ -227,6 +227,78 @@ pub(crate) fn bars(title: &str, bars: &[Bar]) -> anyhow::Result<String> {
     })
 }
 
+/// Something that takes time.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Span {
+    /// From when to when, in milliseconds.
+    pub(crate) time: (f64, f64),
+    pub(crate) label: String,
+    /// Drawn strongly, not pale.
+    pub(crate) strong: bool,
+}
+
+/// Spans that do not overlap.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Lane<'a> {
+    pub(crate) label: &'a str,
+    pub(crate) spans: Vec<Span>,
+}
+
+/// Lanes of spans over time in milliseconds as SVG, and a quantity over the same time below them.
+///
+/// # Errors
+/// There is no span.
+pub(crate) fn timeline(title: &str, lanes: &[Lane<'_>], below: &str, line: &[(f64, f64)]) -> anyhow::Result<String> {
+    let times = lanes.iter().flat_map(|lane| &lane.spans).flat_map(|span| [span.time.0, span.time.1]);
+    let times = times.chain(line.iter().map(|point| point.0));
+    let (start, end) = times.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), t| (low.min(t), high.max(t)));
+    let most = line.iter().map(|point| point.1).fold(0.0, f64::max);
+    if start >= end || most <= 0.0 {
+        return Err(failed("there is nothing that takes time"));
+    }
+    let (left, width, top, row, gap) = (110, 760, 56, 44, 14);
+    let base = top + (row + gap) * lanes.len() as i32;
+    let (foot, height) = (base + 150, base + 200);
+    draw((900, height as u32), |area| {
+        let at = |t: f64| left + (f64::from(width) * (t - start) / (end - start)).round() as i32;
+        let font = |size: i32| ("sans-serif", size).into_font().color(&INK);
+        let say =
+            |words: String, size: i32, at: (i32, i32)| area.draw(&Text::new(words, at, font(size))).map_err(failed);
+        say(title.to_owned(), 20, (16, 14))?;
+        for (index, lane) in lanes.iter().enumerate() {
+            let y = top + (row + gap) * index as i32;
+            say(lane.label.to_owned(), 14, (16, y + row / 2 - 7))?;
+            for span in &lane.spans {
+                let (from, to) = (at(span.time.0), at(span.time.1));
+                let colour = COLOURS[index % COLOURS.len()];
+                let fill = if span.strong { colour.filled() } else { colour.mix(0.45).filled() };
+                area.draw(&Rectangle::new([(from, y), ((to - 1).max(from), y + row)], fill)).map_err(failed)?;
+                if to - from >= 8 * span.label.len() as i32 + 4 {
+                    let text = ("sans-serif", 12).into_font().color(&GROUND);
+                    let place = ((from + to) / 2 - 4 * span.label.len() as i32, y + row / 2 - 6);
+                    area.draw(&Text::new(span.label.clone(), place, text)).map_err(failed)?;
+                }
+            }
+        }
+        say(below.to_owned(), 14, (16, base + 4))?;
+        let level = |value: f64| foot - (110.0 * value / most) as i32;
+        let points: Vec<(i32, i32)> = line.iter().map(|point| (at(point.0), level(point.1))).collect();
+        area.draw(&PathElement::new(points, COLOURS[2].stroke_width(2))).map_err(failed)?;
+        for value in [0.0, most] {
+            say(number(value), 12, (left - 52, level(value) - 6))?;
+            area.draw(&PathElement::new(vec![(left, level(value)), (left + width, level(value))], GRID))
+                .map_err(failed)?;
+        }
+        for tick in 0..=5 {
+            let time = start + (end - start) * f64::from(tick) / 5.0;
+            let mark = at(time);
+            area.draw(&PathElement::new(vec![(mark, foot), (mark, foot + 5)], INK)).map_err(failed)?;
+            say(format!("{time:.0} ms"), 12, ((mark - 16).min(left + width - 44), foot + 10))?;
+        }
+        Ok(())
+    })
+}
+
 /// Writes a chart by atomic replacement.
 pub(crate) fn write(path: &Path, svg: &str) -> anyhow::Result<()> {
     Ok(atomic_write(path, svg.as_bytes())?)
@@ -261,6 +333,20 @@ mod tests {
         let chart = Chart { title: "a < b & c", x: "x", y: "y", log_y: false };
         let svg = chart.points(&[series("<script>", &[(1.0, 1.0)])]).unwrap();
         assert!(!svg.contains("<script>") && svg.contains("&lt;script"), "{svg}");
+    }
+
+    #[test]
+    fn a_timeline_shows_spans_and_memory() {
+        let span = |from, to, strong| Span { time: (from, to), label: "7".into(), strong };
+        let lanes = [
+            Lane { label: "computes", spans: vec![span(0.0, 4.0, false), span(5.0, 9.0, true)] },
+            Lane { label: "reads", spans: vec![span(-2.0, 5.0, true)] },
+        ];
+        let svg = timeline("a token", &lanes, "memory, MB", &[(-2.0, 10.0), (9.0, 30.0)]).unwrap();
+        for part in ["a token", "computes", "reads", "memory, MB", "-2 ms", "9 ms", "polyline"] {
+            assert!(svg.contains(part), "{part}: {svg}");
+        }
+        assert!(timeline("nothing", &[], "memory", &[]).is_err());
     }
 
     #[test]

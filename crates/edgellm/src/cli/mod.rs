@@ -27,6 +27,7 @@ mod pull;
 mod recover;
 mod run;
 mod run_adapters;
+mod schedule;
 mod search;
 mod speculate;
 mod speculation;
@@ -96,6 +97,7 @@ enum Command {
     Profile(profile::Profile),
     Measure(measure::Measure),
     Plan(plan::Plan),
+    Schedule(schedule::Schedule),
     Search(search::Search),
     Compress(compress::Compress),
     Adapt(adapt::Adapt),
@@ -259,6 +261,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Profile(command) => command.run(&ctx).map(success),
         Command::Measure(command) => command.run(&ctx).map(success),
         Command::Plan(command) => command.run(&ctx).map(success),
+        Command::Schedule(command) => command.run(&ctx).map(success),
         Command::Search(command) => command.run(&ctx).map(success),
         Command::Compress(command) => command.run(&ctx).map(success),
         Command::Adapt(command) => command.run(&ctx),

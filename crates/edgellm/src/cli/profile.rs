@@ -23,6 +23,10 @@ pub(crate) struct Profile {
     /// Memory that a process may use, such as 4GB (default: what the system allows)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     usable_memory: Option<u64>,
+    /// A folder on the storage that holds models: a file of 256 MB is written there, read and removed (default: the store's
+    /// folder)
+    #[arg(long, value_name = "DIR")]
+    storage: Option<PathBuf>,
 }
 
 impl Profile {
@@ -30,7 +34,9 @@ impl Profile {
         check_output_file(&self.output)?;
         ctx.say("measuring for about half a minute; other work would disturb it");
         let threads = ctx.threads.and_then(|n| std::num::NonZeroUsize::new(usize::from(n)));
-        let request = ProfileRequest { name: self.name.clone(), usable_bytes: self.usable_memory, threads };
+        let storage = self.storage.clone().unwrap_or_else(|| ctx.store.root().to_owned());
+        let storage = (self.storage.is_some() || storage.is_dir()).then_some(storage);
+        let request = ProfileRequest { name: self.name.clone(), usable_bytes: self.usable_memory, threads, storage };
         let mut progress = ctx.progress("profile", 0, Counted::Items("formats"));
         let profile = interrupt::stoppable(|| {
             let on_step = &mut |done: usize, total: usize| {
@@ -65,6 +71,10 @@ pub(crate) fn describe(profile: &DeviceProfile) -> String {
         let list: Vec<String> = shown.map(|f| format!("{} {:.4}", f.format, f.ns_per_weight)).collect();
         let (threads, formats) = (rates.threads, rates.formats.len());
         text.push_str(&format!("decode      {threads} threads, ns/weight: {} ({formats} formats)\n", list.join(", ")));
+    }
+    let storage: Vec<String> = profile.storage.iter().map(|r| format!("{:.2} ({})", r.gbps, r.requests)).collect();
+    if !storage.is_empty() {
+        text.push_str(&format!("storage     GB/s (requests at once): {}\n", storage.join(", ")));
     }
     text.push_str(&format!("usable      {}\n", bytes(profile.usable_bytes)));
     text

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// A folder with a tiny random model, texts and examples, in which the command is run.
@@ -93,4 +93,26 @@ pub(crate) fn failed(output: &Output, code: i32) -> String {
 pub(crate) fn litter(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap();
     entries.map(|e| e.unwrap().file_name().into_string().unwrap()).filter(|n| n.ends_with(".tmp")).collect()
+}
+
+/// A device on which wider codes take longer, in nanoseconds for a weight.
+pub(crate) fn profile(b: &Bench, name: &str, change: impl FnOnce(&mut Value)) {
+    let rates = |threads: usize| {
+        let rate = |bits: u8| {
+            let name = if bits == 16 { "f16".into() } else { format!("q{bits}g32a") };
+            json!({"format": name, "ns_per_weight": f64::from(bits) / threads as f64})
+        };
+        let formats = [2, 3, 4, 5, 6, 8, 16].map(rate);
+        json!({
+            "threads": threads, "block_us": 10.0, "block_value_ns": 0.0, "attention_ns": 0.0, "token_us": 5.0,
+            "logit_ns": 0.0, "formats": formats,
+        })
+    };
+    let mut value = json!({
+        "format_version": 2, "name": "made up", "source": "made up",
+        "cores": [{"name": "cores", "count": 2, "gmacs_f32": 10.0}], "read_gbps": [5.0, 8.0], "handover_us": 1.0,
+        "usable_bytes": 1_000_000_000, "decode": [rates(1), rates(2)],
+    });
+    change(&mut value);
+    std::fs::write(b.path(name), value.to_string()).unwrap();
 }
