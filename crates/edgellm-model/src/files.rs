@@ -4,7 +4,6 @@
 //! the pages of what was repacked are given back at once, so that loading holds a model about once.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Bytes;
@@ -19,7 +18,7 @@ use crate::config::ModelConfig;
 use crate::error::{ModelError, Result, Shown};
 use crate::gguf::{self, Gguf};
 use crate::io::read_text;
-use crate::safetensors::{Dtype, Safetensors, TensorEntry};
+use crate::safetensors::{Dtype, Safetensors, TensorEntry, TensorPlace};
 use crate::tokenizer::Tokenizer;
 use crate::values::CompressionPolicy;
 
@@ -244,7 +243,7 @@ impl ModelFiles {
     ///
     /// # Errors
     /// There is no such tensor.
-    pub fn places(&self, name: &str) -> Result<Option<[(&Path, Range<u64>); 2]>> {
+    pub fn places(&self, name: &str) -> Result<Option<[TensorPlace<'_>; 2]>> {
         let (Some(_), Source::Directory(tensors)) = (self.packed(name), &self.source) else { return Ok(None) };
         let (codes, scales) = packed_names(name);
         Ok(Some([tensors.place(&codes)?, tensors.place(&scales)?]))

@@ -39,7 +39,7 @@ pub(crate) fn measure(folder: &Path) -> Result<Vec<StorageRate>> {
     let failed = |action: &'static str| move |source| ModelError::Io { action, path: folder.to_owned(), source };
     let mut file = File::create(&path).map_err(failed("create a file in"))?;
     // Not zeros, which a file system may not store.
-    let mut part: Vec<u8> = (0..PART).map(|i| (i * 31 >> 3) as u8).collect();
+    let mut part: Vec<u8> = (0..PART).map(|i| ((i * 31) >> 3) as u8).collect();
     for i in 0..FILE / PART as u64 {
         part[..8].copy_from_slice(&i.to_le_bytes());
         file.write_all(&part).map_err(failed("write a file of 256 MB in"))?;

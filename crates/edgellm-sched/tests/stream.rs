@@ -146,9 +146,9 @@ fn a_file_that_became_shorter_is_told_by_the_tensor() {
     let store = streamed(&files, &options(Activations::Int8), &[0], 1);
     let weights = path.join("model.safetensors");
     let name = "model.layers.4.self_attn.o_proj.weight";
-    let [(_, codes), _] = files.places(name).unwrap().unwrap();
+    let [codes, _] = files.places(name).unwrap().unwrap();
     let file = std::fs::OpenOptions::new().write(true).open(&weights).unwrap();
-    file.set_len(codes.start + 10).unwrap();
+    file.set_len(codes.range.start + 10).unwrap();
     for _ in 0..2 {
         store.block(1).unwrap();
         let error = store.block(4).unwrap_err().to_string();

@@ -7,7 +7,7 @@
 mod reader;
 mod writer;
 
-pub use reader::{Safetensors, TensorEntry};
+pub use reader::{Safetensors, TensorEntry, TensorPlace};
 pub use safetensors::Dtype;
 pub use writer::{SafetensorsWriter, TensorSpec};
 

@@ -30,6 +30,15 @@ pub struct TensorEntry {
     file: usize,
 }
 
+/// Where the bytes of a tensor lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorPlace<'a> {
+    /// The file.
+    pub path: &'a Path,
+    /// From which byte to which.
+    pub range: Range<u64>,
+}
+
 /// One or more mapped safetensors files, read as one set of tensors.
 #[derive(Debug, Clone)]
 pub struct Safetensors {
@@ -150,9 +159,10 @@ impl Safetensors {
     ///
     /// # Errors
     /// There is no such tensor.
-    pub fn place(&self, name: &str) -> Result<(&Path, Range<u64>)> {
+    pub fn place(&self, name: &str) -> Result<TensorPlace<'_>> {
         let entry = self.entry(name)?;
-        Ok((self.files[entry.file].path(), entry.range.start as u64..entry.range.end as u64))
+        let range = entry.range.start as u64..entry.range.end as u64;
+        Ok(TensorPlace { path: self.files[entry.file].path(), range })
     }
 
     /// Gives a tensor's pages back to the system, after it was copied.

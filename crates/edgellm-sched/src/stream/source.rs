@@ -143,7 +143,7 @@ impl BlockSource {
             let found = self.model.layout(&name)?;
             let layout = self.loader().placed(found);
             let of_matrix = self.model.places(&name)?.filter(|_| found == layout);
-            let of_matrix = of_matrix.map(|both| both.map(|(path, range)| (path.to_owned(), range)));
+            let of_matrix = of_matrix.map(|both| both.map(|place| (place.path.to_owned(), place.range)));
             stored &= of_matrix.is_some();
             places.extend(of_matrix.into_iter().flatten());
             parts.push(Part { name, layout, codes: 0..0, scales: 0..0 });

@@ -117,7 +117,7 @@ impl Order {
         for _ in 0..steps {
             // Without experience: on in the same direction, and round.
             let down = before == Some(last + 1);
-            let straight = if down { last.checked_sub(1).unwrap_or(0) } else { (last + 1) % n };
+            let straight = if down { last.saturating_sub(1) } else { (last + 1) % n };
             let next = self.follows.get(&(before, last)).copied().unwrap_or(straight);
             found.push(next);
             (before, last) = (Some(last), next);

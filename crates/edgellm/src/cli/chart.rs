@@ -272,7 +272,8 @@ pub(crate) fn timeline(title: &str, lanes: &[Lane<'_>], below: &str, line: &[(f6
                 let (from, to) = (at(span.time.0), at(span.time.1));
                 let colour = COLOURS[index % COLOURS.len()];
                 let fill = if span.strong { colour.filled() } else { colour.mix(0.45).filled() };
-                area.draw(&Rectangle::new([(from, y), ((to - 1).max(from), y + row)], fill)).map_err(failed)?;
+                // At least a pixel wide, and one apart where there is room.
+                area.draw(&Rectangle::new([(from, y), ((to - 1).max(from + 1), y + row)], fill)).map_err(failed)?;
                 if to - from >= 8 * span.label.len() as i32 + 4 {
                     let text = ("sans-serif", 12).into_font().color(&GROUND);
                     let place = ((from + to) / 2 - 4 * span.label.len() as i32, y + row / 2 - 6);
