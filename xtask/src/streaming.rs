@@ -103,8 +103,11 @@ impl CheckStreaming {
             rows.push(peer.row("llama.cpp, file mapped"));
         }
         print!("{}", table(&["", "tokens/s", "GB/s read", "MB of the group at most"], &rows, 1));
-        let share = median(&ours.gbps) / median(&storage.gbps);
-        println!("storage is used to {:.0}%", 100.0 * share);
+        if ours.gbps.is_empty() {
+            println!("nothing was streamed: the model fits");
+        } else {
+            println!("storage gave edgellm {:.2} times what it gave dd", median(&ours.gbps) / median(&storage.gbps));
+        }
         if self.unlimited {
             let ratio = median(&free.tokens_per_second) / median(&ours.tokens_per_second);
             println!("without the limit: {ratio:.3} times as fast");
