@@ -68,7 +68,7 @@ struct CgroupFolder {
 }
 
 impl CgroupFolder {
-    /// Limit minus use; pages of files that were not used lately count as free.
+    /// Limit minus use; pages of files count as free: the system takes them back when memory is wanted.
     fn left(&self) -> Option<u64> {
         let (limit, usage) =
             if self.v2 { ("memory.max", "memory.current") } else { ("memory.limit_in_bytes", "memory.usage_in_bytes") };
@@ -81,8 +81,12 @@ fn cgroup_left(limit: &str, usage: &str, stat: &str) -> Option<u64> {
     // "max" is no limit and no number.
     let limit: u64 = limit.trim().parse().ok()?;
     let usage: u64 = usage.trim().parse().ok()?;
-    let inactive = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<u64>().ok());
-    Some(limit.saturating_sub(usage.saturating_sub(inactive.unwrap_or(0))))
+    let files = |name: &str| {
+        let value = |line: &str| line.strip_prefix(name)?.trim().parse::<u64>().ok();
+        stat.lines().find_map(value).unwrap_or(0)
+    };
+    let cached = files("inactive_file ") + files("active_file ");
+    Some(limit.saturating_sub(usage.saturating_sub(cached)))
 }
 
 /// The folders that limit this process, from its own group to the root, given `/proc/self/cgroup`.
@@ -117,7 +121,7 @@ mod tests {
     #[test]
     fn cgroups_limit_what_is_left() {
         let stat = "anon 5\ninactive_file 30\nactive_file 7\n";
-        assert_eq!(cgroup_left("1000\n", "400\n", stat), Some(630));
+        assert_eq!(cgroup_left("1000\n", "400\n", stat), Some(637));
         assert_eq!(cgroup_left("max\n", "400\n", stat), None);
         assert_eq!(cgroup_left("100\n", "400\n", ""), Some(0));
     }
