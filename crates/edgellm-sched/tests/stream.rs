@@ -42,7 +42,7 @@ fn streamed(files: &ModelFiles, options: &LoadOptions, resident: &[usize], slots
 
 fn decoder(files: &ModelFiles, options: &LoadOptions, store: StreamedStore) -> (Decoder, Arc<StreamedStore>) {
     let store = Arc::new(store);
-    (Decoder::load_around(files, options, store.clone()).unwrap(), store)
+    (Decoder::load_around(files, options, || Ok(store.clone())).unwrap(), store)
 }
 
 /// Logits of a prompt and of tokens one by one.

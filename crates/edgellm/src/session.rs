@@ -133,7 +133,7 @@ fn load(path: &Path, options: &LoadOptions, memory: Option<Memory>) -> Result<Lo
     let chat_template = files.chat_template()?;
     let streaming = memory.map(|memory| stream(&files, options, memory)).transpose()?.flatten();
     let decoder = match &streaming {
-        Some(streaming) => Decoder::load_around(&files, options, streaming.store.clone())?,
+        Some(streaming) => Decoder::load_around(&files, options, || Ok(streaming.store.clone()))?,
         None => Decoder::load(&files, options)?,
     };
     let exits = if path.is_dir() { Adapter::load_exits(path, decoder.config(), decoder.device())? } else { None };

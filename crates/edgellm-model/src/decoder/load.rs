@@ -258,19 +258,23 @@ impl Decoder {
     /// # Errors
     /// A tensor is missing, has not the shape that the configuration says, or cannot be read.
     pub fn load(files: &ModelFiles, options: &LoadOptions) -> Result<Self, ModelError> {
-        let loader = Loader::new(files, options);
-        let blocks = (0..files.config().n_layers).map(|index| loader.block(index)).collect::<Result<Vec<_>, _>>()?;
-        Self::load_around(files, options, Arc::new(ResidentStore::new(blocks)))
+        Self::load_around(files, options, || {
+            let loader = Loader::new(files, options);
+            let blocks =
+                (0..files.config().n_layers).map(|index| loader.block(index)).collect::<Result<Vec<_>, _>>()?;
+            Ok(Arc::new(ResidentStore::new(blocks)))
+        })
     }
 
-    /// Loads all but the blocks, which `store` has.
+    /// Loads all but the blocks, which the store has that `store` gives: after embedding and head, which may have to be
+    /// converted, and need twice their memory for a moment.
     ///
     /// # Errors
-    /// As [`Decoder::load`].
+    /// As [`Decoder::load`], and those of `store`.
     pub fn load_around(
         files: &ModelFiles,
         options: &LoadOptions,
-        store: Arc<dyn WeightStore>,
+        store: impl FnOnce() -> Result<Arc<dyn WeightStore>, ModelError>,
     ) -> Result<Self, ModelError> {
         let loader = Loader::new(files, options);
         let config = files.config().clone();
@@ -291,6 +295,6 @@ impl Decoder {
             });
         };
         let final_norm = loader.vector("model.norm.weight", config.hidden_size)?;
-        Decoder::from_parts(config, embedding, store, final_norm, head, options.device.clone())
+        Decoder::from_parts(config, embedding, store()?, final_norm, head, options.device.clone())
     }
 }

@@ -56,8 +56,14 @@ impl StorageFile {
         while done < buffer.len() {
             match read_at(&self.file, &mut buffer[done..], offset + done as u64) {
                 Ok(0) => break,
-                // What is left after a part that is no multiple is the end of the file.
-                Ok(n) if self.direct && n % ALIGNMENT != 0 => return Ok(done + n),
+                Ok(n) if self.direct => {
+                    // Reading goes on at a multiple; a part below that is the end of the file.
+                    let whole = (done + n) / ALIGNMENT * ALIGNMENT;
+                    if whole == done {
+                        return Ok(done + n);
+                    }
+                    done = whole;
+                }
                 Ok(n) => done += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),

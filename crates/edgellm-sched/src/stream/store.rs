@@ -1,7 +1,8 @@
 //! A store of blocks of which some are read from storage each time.
 //!
 //! One thread reads ahead. The buffers are a fixed number; each is in use by whoever holds a block that lies in it, being
-//! read into, or idle. An idle buffer still holds its block until it is overwritten, and what is overwritten is what will be needed last.
+//! read into, or idle. An idle buffer still holds its block until it is overwritten, and what is overwritten is what will be
+//! needed last.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -156,6 +157,8 @@ impl Shared {
 
     /// Reads what is expected next, until the store is dropped.
     fn read_ahead(&self) {
+        // Nobody waits for a thread that is gone, however it ended.
+        let _end = End(self);
         let mut state = self.lock();
         loop {
             if state.stop {
@@ -211,6 +214,13 @@ impl Shared {
                 add(&self.waiting_ns, start);
                 return Ok(lease);
             }
+            if state.stop {
+                return Err(ModelError::Value {
+                    what: format!("block {index}, which is streamed from storage"),
+                    expected: "a thread that reads it".into(),
+                    found: "that it has ended".into(),
+                });
+            }
             if state.idle.is_empty() && state.reading.is_none() && start.elapsed() > PATIENCE {
                 return Err(ModelError::Value {
                     what: format!("memory for block {index}, which is streamed from storage"),
@@ -221,6 +231,16 @@ impl Shared {
             let waited = self.changed.wait_timeout(state, PATIENCE / 4);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+}
+
+/// Tells those who wait that the thread has ended.
+struct End<'a>(&'a Shared);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.lock().stop = true;
+        self.0.changed.notify_all();
     }
 }
 
