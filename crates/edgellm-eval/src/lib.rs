@@ -18,6 +18,7 @@
 
 mod divergence;
 mod error;
+mod figures;
 mod heldout;
 mod metrics;
 mod multiple_choice;
@@ -27,6 +28,7 @@ mod windows;
 
 pub use divergence::{Adapted, Divergence, adapted_kl_divergence, kl_divergence};
 pub use error::{EvalError, Result};
+pub use figures::{Better, Figure, Figures, Layer, RECORD_VERSION, Record};
 pub use heldout::{ExitLoss, HeldOut, heldout_loss};
 pub use metrics::{JsonLines, peak_rss_bytes, rss_bytes};
 pub use multiple_choice::{Accuracy, ChoiceOption, MultipleChoice, Question, multiple_choice, read_questions};
