@@ -63,7 +63,7 @@ pub use measure::{Trials, beginnings, measure};
 pub use merge::{Aim, InputMoments, MergeOptions, Merged, MergedMatrix, merge_adapter};
 pub use policy::{
     Choice, Costs, DecodeDevice, Explained, Item, Neighbour, Paper, Resource, Selection, Sensitivity, Solution, Solve,
-    Uniform, allocate_sparsity, explain, option_grid, select,
+    Uniform, allocate_sparsity, decoder_shape, explain, option_grid, select,
 };
 pub use progress::Progress;
 pub use rtn::{Rtn, pruned_per_row};

@@ -51,6 +51,7 @@
 pub mod device;
 mod error;
 pub mod pull;
+pub mod recommend;
 pub mod schedule;
 pub mod session;
 pub mod store;

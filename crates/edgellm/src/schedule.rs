@@ -37,6 +37,8 @@ pub struct Schedule {
     pub head_seconds: f64,
     /// Bytes beside the blocks: this process, buffers, embedding and head.
     pub fixed_bytes: u64,
+    /// The part of it that is kept free for what the allocator and the threads take.
+    pub reserve_bytes: u64,
     /// Bytes per second that storage gives; `None` if nothing is read.
     pub read_rate: Option<f64>,
 }
@@ -47,9 +49,14 @@ impl Schedule {
         self.placement.seconds
     }
 
-    /// Predicted memory of the process.
+    /// Memory that the process stays below.
     pub fn bytes(&self) -> u64 {
         self.fixed_bytes + self.placement.bytes
+    }
+
+    /// Predicted memory of the process.
+    pub fn expected_bytes(&self) -> u64 {
+        self.bytes() - self.reserve_bytes
     }
 }
 
@@ -96,31 +103,57 @@ pub fn schedule(
     }
     let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
     let head_seconds = seconds(&[head.to_owned()])? + outside;
-    let sizes: Vec<u64> = blocks.iter().map(|block| block.bytes).collect();
-    let mut times: Vec<f64> = blocks.iter().map(|block| block.seconds).collect();
-    // The head computes after the last block, while the first ones of the next token are read.
-    *times.last_mut().expect("a block") += head_seconds;
-    let rates = &cost.profile().storage;
-    let rate = rates.iter().map(|rate| rate.gbps * 1e9).max_by(f64::total_cmp);
-    let left = needs.left(&sizes)?;
-    let read_rate = match (sizes.iter().sum::<u64>() <= left, rate) {
-        (true, _) => None,
-        (false, Some(rate)) => Some(rate),
-        (false, None) => {
-            return Err(ModelError::Value {
-                what: format!("device profile '{}'", cost.profile().name),
-                expected:
-                    "a measured rate of storage, since blocks have to be streamed; measure it with `edgellm profile`"
-                        .into(),
-                found: "none".into(),
+    Parts { blocks, head_seconds, needs }.arrange(cost)
+}
+
+/// What is known of a model before it has a schedule.
+pub(crate) struct Parts {
+    /// All blocks in order.
+    pub(crate) blocks: Vec<ScheduledBlock>,
+    /// Predicted seconds for head and sampling.
+    pub(crate) head_seconds: f64,
+    /// What it needs in memory, and what there is.
+    pub(crate) needs: Needs,
+}
+
+impl Parts {
+    /// Chooses what stays in memory, and plays a token.
+    pub(crate) fn arrange(self, cost: &Roofline) -> Result<Schedule, EdgeError> {
+        let Parts { blocks, head_seconds, needs } = self;
+        let sizes: Vec<u64> = blocks.iter().map(|block| block.bytes).collect();
+        let mut times: Vec<f64> = blocks.iter().map(|block| block.seconds).collect();
+        // The head computes after the last block, while the first ones of the next token are read.
+        *times.last_mut().expect("a block") += head_seconds;
+        let rates = &cost.profile().storage;
+        let rate = rates.iter().map(|rate| rate.gbps * 1e9).max_by(f64::total_cmp);
+        let left = needs.left(&sizes)?;
+        let read_rate = match (sizes.iter().sum::<u64>() <= left, rate) {
+            (true, _) => None,
+            (false, Some(rate)) => Some(rate),
+            (false, None) => {
+                return Err(ModelError::Value {
+                    what: format!("device profile '{}'", cost.profile().name),
+                    expected:
+                        "a measured rate of storage, since blocks have to be streamed; measure it with `edgellm profile`"
+                            .into(),
+                    found: "none".into(),
+                }
+                .into());
             }
-            .into());
-        }
-    };
-    let rate = read_rate.unwrap_or(1.0);
-    let placement = place(&sizes, &times, rate, left).map_err(|error| needs.too_small(error.least))?;
-    let steps = timeline(&placement, &sizes, &times, rate);
-    Ok(Schedule { blocks, placement, steps, head_seconds, fixed_bytes: needs.fixed, read_rate })
+        };
+        let rate = read_rate.unwrap_or(1.0);
+        let placement = place(&sizes, &times, rate, left).map_err(|error| needs.too_small(error.least))?;
+        let steps = timeline(&placement, &sizes, &times, rate);
+        Ok(Schedule {
+            blocks,
+            placement,
+            steps,
+            head_seconds,
+            fixed_bytes: needs.fixed,
+            reserve_bytes: needs.reserve,
+            read_rate,
+        })
+    }
 }
 
 /// The format of a block's matrices, if all have the same.

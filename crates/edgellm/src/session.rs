@@ -65,13 +65,16 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Bytes for a cache, for what a pass computes, and for what the allocator holds beside.
-    fn buffers(&self, config: &ModelConfig) -> u64 {
-        let shape = self.shape(config);
+    /// Bytes for a cache, for what a pass computes, and for something else.
+    pub(crate) fn buffers(&self, shape: &DecoderShape) -> u64 {
         let widths = 4 * shape.hidden_size + 3 * shape.query_size + 3 * shape.kv_size + 4 * shape.intermediate_size;
         let pass = 4 * self.pass_tokens.max(1) as u64 * widths as u64;
-        let sum = self.other + buffer_bytes(&shape) + pass;
-        sum + sum / 16 + ALLOCATOR
+        self.other + buffer_bytes(shape) + pass
+    }
+
+    /// Bytes that are kept free beside so large buffers: what the allocator and the threads may take.
+    pub(crate) fn reserve(buffers: u64) -> u64 {
+        buffers / 16 + ALLOCATOR
     }
 
     /// The sizes that time and memory beside the weights depend on.
@@ -159,11 +162,14 @@ fn stream(files: &ModelFiles, options: &LoadOptions, memory: Memory) -> Result<O
 
 /// What a model needs in memory.
 pub(crate) struct Needs {
-    /// The process as it is, buffers, embedding and head.
+    /// The process as it is, buffers, what is kept free beside them, embedding and head.
     pub(crate) fixed: u64,
+    /// The part of it that is kept free.
+    pub(crate) reserve: u64,
     /// All blocks, in the arrangement in which they run.
-    blocks: u64,
-    limit: u64,
+    pub(crate) blocks: u64,
+    /// What there is.
+    pub(crate) limit: u64,
 }
 
 impl Needs {
@@ -172,7 +178,9 @@ impl Needs {
         let bytes = |name: &str| -> Result<u64, EdgeError> {
             Ok(Loader::new(files, options).placed(files.layout(name)?).bytes())
         };
-        let mut fixed = rss_bytes().unwrap_or(0) + memory.buffers(config) + bytes("model.embed_tokens.weight")?;
+        let buffers = memory.buffers(&memory.shape(config));
+        let reserve = Memory::reserve(buffers);
+        let mut fixed = rss_bytes().unwrap_or(0) + buffers + reserve + bytes("model.embed_tokens.weight")?;
         if !config.tie_word_embeddings && files.has("lm_head.weight") {
             fixed += bytes("lm_head.weight")?;
         }
@@ -180,7 +188,7 @@ impl Needs {
         for name in (0..config.n_layers).flat_map(|index| Projection::ALL.map(|p| p.weight_name(index))) {
             blocks += bytes(&name)?;
         }
-        Ok(Self { fixed, blocks, limit: memory.limit })
+        Ok(Self { fixed, reserve, blocks, limit: memory.limit })
     }
 
     pub(crate) fn all_fit(&self) -> bool {

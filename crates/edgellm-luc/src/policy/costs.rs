@@ -160,8 +160,11 @@ pub(super) fn amounts(cost: &UnitCost) -> [u64; 3] {
     [cost.bytes, (cost.milliseconds * 1e6).ceil() as u64, cost.resident_bytes]
 }
 
-/// The shape of a measured decoder, by its matrices' names.
-fn decoder_shape(measurement: &Measurement, context: usize) -> Result<DecoderShape, ModelError> {
+/// The shape of a measured decoder, by its matrices' names, with `context` tokens in its cache.
+///
+/// # Errors
+/// Matrices of a decoder are missing.
+pub fn decoder_shape(measurement: &Measurement, context: usize) -> Result<DecoderShape, ModelError> {
     let missing = |what: &str| ModelError::Value {
         what: "matrices of the measurement".into(),
         expected: format!("{what} of a decoder"),

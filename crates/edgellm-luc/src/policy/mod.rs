@@ -11,7 +11,7 @@ mod paper;
 mod solve;
 mod uniform;
 
-pub use costs::{Costs, DecodeDevice, Resource};
+pub use costs::{Costs, DecodeDevice, Resource, decoder_shape};
 pub use explain::{Choice, Explained, Neighbour, explain};
 pub use knapsack::{Item, Selection, select};
 pub use paper::{Paper, allocate_sparsity};

@@ -60,3 +60,8 @@ fn data_folder() -> Option<PathBuf> {
     let data = folder("XDG_DATA_HOME").or_else(|| Some(env::home_dir()?.join(".local/share")))?;
     Some(data.join("edgellm"))
 }
+
+/// The program that is running.
+pub(crate) fn this_command() -> anyhow::Result<PathBuf> {
+    env::current_exe().map_err(|e| anyhow::anyhow!("the system does not tell where this program is: {e}"))
+}

@@ -4,6 +4,7 @@ mod adapt;
 mod bench;
 mod calibration;
 mod chart;
+mod child;
 mod compress;
 mod compressors;
 mod data;
@@ -24,6 +25,7 @@ mod profile;
 mod progress;
 mod prompt;
 mod pull;
+mod recommend;
 mod recover;
 mod run;
 mod run_adapters;
@@ -98,6 +100,7 @@ enum Command {
     Measure(measure::Measure),
     Plan(plan::Plan),
     Schedule(schedule::Schedule),
+    Recommend(recommend::Recommend),
     Search(search::Search),
     Compress(compress::Compress),
     Adapt(adapt::Adapt),
@@ -262,6 +265,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Measure(command) => command.run(&ctx).map(success),
         Command::Plan(command) => command.run(&ctx).map(success),
         Command::Schedule(command) => command.run(&ctx).map(success),
+        Command::Recommend(command) => command.run(&ctx).map(success),
         Command::Search(command) => command.run(&ctx).map(success),
         Command::Compress(command) => command.run(&ctx).map(success),
         Command::Adapt(command) => command.run(&ctx),

@@ -67,7 +67,7 @@ impl Schedule {
             .map(|(b, stays)| json!({"resident": stays, "bytes": b.bytes, "bits": b.bits, "seconds": b.seconds}))
             .collect();
         json!({
-            "seconds_per_token": found.seconds(), "tokens_per_second": 1.0 / found.seconds(), "peak_bytes": found.bytes(),
+            "seconds_per_token": found.seconds(), "tokens_per_second": 1.0 / found.seconds(), "peak_bytes": found.bytes(), "expected_bytes": found.expected_bytes(),
             "fixed_bytes": found.fixed_bytes, "head_seconds": found.head_seconds, "read_rate": found.read_rate,
             "buffers": found.placement.slots, "read_bytes_per_token": found.placement.read_bytes, "blocks": blocks,
             "chart": self.chart,
@@ -93,10 +93,11 @@ impl Schedule {
         let kept = placement.resident.iter().filter(|stays| **stays).count();
         let computes: f64 = found.blocks.iter().map(|block| block.seconds).sum::<f64>() + found.head_seconds;
         text.push_str(&format!(
-            "memory     {} of {}: {} beside the blocks, {} for {kept} of {} blocks",
+            "memory     {}, at most {} of {}: {} beside the blocks, {} for {kept} of {} blocks",
+            bytes(found.expected_bytes()),
             bytes(found.bytes()),
             bytes(limit),
-            bytes(found.fixed_bytes),
+            bytes(found.fixed_bytes - found.reserve_bytes),
             bytes(placement.bytes),
             found.blocks.len()
         ));
