@@ -55,15 +55,25 @@ impl ComparePolicies {
         ensure!(!self.budgets.is_empty(), "--budgets: expected at least one, such as 3.5 or 70MB");
         let edgellm = Edgellm::build(&[])?.quietly();
         let mut rows = Vec::new();
+        let mut refused = None;
         for budget in &self.budgets {
             for solver in &self.solvers {
-                let row = self.row(&edgellm, budget, solver)?;
+                // A budget that one solver cannot keep is a result; what the others do with it is still wanted.
+                let row = self.row(&edgellm, budget, solver).unwrap_or_else(|error| {
+                    refused.get_or_insert(format!("{error:#}"));
+                    let cells = [solver, budget, "-", "-", "-", "-", "none"];
+                    cells.map(str::to_owned).to_vec()
+                });
                 eprintln!("{}", row.join("  "));
                 rows.push(row);
             }
         }
         let header = ["solver", "budget", "bits", "file MB", "KL", "perplexity", "same token %"];
         print!("{}", table(&header, &rows, 2));
+        if let Some(error) = refused {
+            eprintln!("the first that failed: {error}");
+        }
+        ensure!(rows.iter().any(|row| row[2] != "-"), "no solver found a policy");
         Ok(())
     }
 
