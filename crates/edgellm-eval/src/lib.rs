@@ -16,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bootstrap;
 mod divergence;
 mod error;
 mod figures;
@@ -26,6 +27,7 @@ mod perplexity;
 mod votes;
 mod windows;
 
+pub use bootstrap::{Difference, Item, interval, paired_difference, ratio};
 pub use divergence::{Adapted, Divergence, adapted_kl_divergence, kl_divergence};
 pub use error::{EvalError, Result};
 pub use figures::{Better, Figure, Figures, Layer, RECORD_VERSION, Record};
