@@ -10,6 +10,7 @@ use edgellm_model::generate::to_vec;
 use edgellm_model::sample::argmax;
 use rayon::prelude::*;
 
+use crate::bootstrap::{Item, ratio};
 use crate::error::{EvalError, Result, finite};
 use crate::windows::{Progress, hidden, windows};
 
@@ -17,7 +18,7 @@ use crate::windows::{Progress, hidden, windows};
 const CHUNK: usize = 64;
 
 /// Distance of a model from its base.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Divergence {
     /// Mean KL divergence over all targets, in nats per token.
     pub kl: f64,
@@ -29,6 +30,10 @@ pub struct Divergence {
     pub tokens: usize,
     /// Windows that were run.
     pub windows: usize,
+    /// Of each window: its summed KL divergence over all targets, the same over its second half, and the targets that both
+    /// models agree on.
+    #[serde(skip)]
+    pub items: [Vec<Item>; 3],
 }
 
 /// Divergence of `other` (with `adapter`, if any) from `base` on `ids`, in windows of `context` tokens, at most
@@ -74,10 +79,12 @@ pub fn adapted_kl_divergence(
     }
     let windows = windows(ids, context, limit)?;
     let half = context / 2;
-    let (mut first, mut second, mut agree) = (0.0, 0.0, 0usize);
+    let (all, in_second) = ((context - 1) as f64, (context - 1 - half) as f64);
+    let mut items: [Vec<Item>; 3] = Default::default();
     for (index, window) in windows.iter().enumerate() {
         let x = hidden(base, base_adapter, window)?;
         let y = hidden(other, adapter, window)?;
+        let (mut first, mut second, mut agree) = (0.0, 0.0, 0usize);
         for start in (0..context - 1).step_by(CHUNK) {
             let len = CHUNK.min(context - 1 - start);
             let p = to_vec(base.logits(x.clone().narrow(0, start, len)))?;
@@ -89,16 +96,18 @@ pub fn adapted_kl_divergence(
                 agree += usize::from(same);
             }
         }
+        items[0].push(Item { sum: first + second, weight: all });
+        items[1].push(Item { sum: second, weight: in_second });
+        items[2].push(Item { sum: agree as f64, weight: all });
         progress(Progress { done: index + 1, total: windows.len() });
     }
-    let n = windows.len();
-    let tokens = n * (context - 1);
     Ok(Divergence {
-        kl: finite("the KL divergence", (first + second) / tokens as f64)?,
-        second_half_kl: finite("the KL divergence", second / (n * (context - 1 - half)) as f64)?,
-        top1_agreement: agree as f64 / tokens as f64,
-        tokens,
-        windows: n,
+        kl: finite("the KL divergence", ratio(&items[0]))?,
+        second_half_kl: finite("the KL divergence", ratio(&items[1]))?,
+        top1_agreement: ratio(&items[2]),
+        tokens: windows.len() * (context - 1),
+        windows: windows.len(),
+        items,
     })
 }
 

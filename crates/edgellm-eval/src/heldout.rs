@@ -9,8 +9,9 @@ use edgellm_model::data::Example;
 use edgellm_model::decoder::Decoder;
 use edgellm_model::traits::Voter;
 
+use crate::bootstrap::{Item, ratio};
 use crate::error::{EvalError, Result, finite};
-use crate::votes::{Sums, check_exits};
+use crate::votes::{Losses, check_exits};
 use crate::windows::Progress;
 
 /// Tokens of a batch, padding included, unless a single example is longer.
@@ -36,6 +37,9 @@ pub struct HeldOut {
     pub tokens: usize,
     /// Examples that have response tokens.
     pub examples: usize,
+    /// Summed loss and response tokens of each such example in the order given: of each exit, then of each voter.
+    #[serde(skip)]
+    pub items: Vec<Vec<Item>>,
 }
 
 /// Token-weighted mean loss over the response tokens of `examples`, at each of `exits` and of each vote.
@@ -59,57 +63,73 @@ pub fn heldout_loss(
     if tokens == 0 {
         return Err(EvalError::TooLittle { what: "response tokens of the examples", needed: 1, found: 0 });
     }
-    let batches = batches(usable.clone());
-    let mut sums = Sums::zero(exits.len(), voters.len());
+    let batches = batches(&usable);
+    let mut items = vec![vec![Item { sum: 0.0, weight: 0.0 }; usable.len()]; exits.len() + voters.len()];
     for (index, batch) in batches.iter().enumerate() {
-        batch.run(decoder, adapter, exits, voters, &mut sums)?;
+        let mut losses = Losses::none(exits.len(), voters.len());
+        let (normed, next) = batch.states(decoder, adapter, exits)?;
+        losses.add(decoder, &normed, &next, voters)?;
+        for (items, losses) in items.iter_mut().zip(losses.exits.iter().chain(&losses.votes)) {
+            let mut losses = losses.iter();
+            for &place in &batch.places {
+                let weight = targets(usable[place]).count();
+                items[place] = Item { sum: losses.by_ref().take(weight).sum(), weight: weight as f64 };
+            }
+        }
         progress(Progress { done: index + 1, total: batches.len() });
     }
-    let mean = |sum: f64| finite("the held-out loss", sum / tokens as f64);
-    let by_exit = exits.iter().zip(sums.exits).map(|(&exit, sum)| Ok(ExitLoss { exit, loss: mean(sum)? }));
+    let mean = |items: &Vec<Item>| finite("the held-out loss", ratio(items));
+    let by_exit = exits.iter().zip(&items).map(|(&exit, items)| Ok(ExitLoss { exit, loss: mean(items)? }));
     Ok(HeldOut {
         by_exit: by_exit.collect::<Result<_>>()?,
-        votes: sums.votes.into_iter().map(mean).collect::<Result<_>>()?,
+        votes: items[exits.len()..].iter().map(mean).collect::<Result<_>>()?,
         tokens,
         examples: usable.len(),
+        items,
     })
 }
 
 /// Positions whose next token is a response token.
-fn targets(example: &Example) -> impl Iterator<Item = usize> {
+pub(crate) fn targets(example: &Example) -> impl Iterator<Item = usize> {
     (0..example.ids.len().saturating_sub(1)).filter(|&position| example.is_target(position + 1))
 }
 
 /// Examples of similar length, padded on the right.
-struct Batch<'a> {
+pub(crate) struct Batch<'a> {
     examples: Vec<&'a Example>,
+    /// Where they are in the list that the batches were made from.
+    pub(crate) places: Vec<usize>,
     /// Tokens that are fed in of each: the last token is only a target.
     tokens: usize,
 }
 
-fn batches(mut examples: Vec<&Example>) -> Vec<Batch<'_>> {
+/// Batches of examples that have response tokens.
+pub(crate) fn batches<'a>(examples: &[&'a Example]) -> Vec<Batch<'a>> {
+    let mut order: Vec<usize> = (0..examples.len()).collect();
     // Longest first, so that a batch's length is that of its first; a stable sort.
-    examples.sort_by_key(|e| std::cmp::Reverse(e.ids.len()));
+    order.sort_by_key(|&place| std::cmp::Reverse(examples[place].ids.len()));
     let mut batches: Vec<Batch<'_>> = Vec::new();
-    for example in examples {
+    for place in order {
+        let example = examples[place];
         match batches.last_mut() {
-            Some(batch) if (batch.examples.len() + 1) * batch.tokens <= BATCH_TOKENS => batch.examples.push(example),
-            _ => batches.push(Batch { tokens: example.ids.len() - 1, examples: vec![example] }),
+            Some(batch) if (batch.examples.len() + 1) * batch.tokens <= BATCH_TOKENS => {
+                batch.examples.push(example);
+                batch.places.push(place);
+            }
+            _ => batches.push(Batch { tokens: example.ids.len() - 1, examples: vec![example], places: vec![place] }),
         }
     }
     batches
 }
 
 impl Batch<'_> {
-    /// Adds the losses of this batch to `sums`.
-    fn run(
+    /// The normed states of the exits where the next token is a response token, and these tokens, example by example.
+    pub(crate) fn states(
         &self,
         decoder: &Decoder,
         adapter: Option<&Adapter>,
         exits: &[usize],
-        voters: &[&dyn Voter],
-        sums: &mut Sums,
-    ) -> Result<()> {
+    ) -> Result<(Vec<Tensor<2>>, Vec<i32>)> {
         let rows: Vec<Vec<u32>> = self.examples.iter().map(|e| self.padded(e)).collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let (positions, next) = self.response();
@@ -123,7 +143,7 @@ impl Batch<'_> {
             let flat: Tensor<2> = x.clone().reshape([rows.len() * self.tokens, decoder.config().hidden_size]);
             normed.push(decoder.exit_norm(flat.select(0, positions.clone()), exit, adapter));
         }
-        sums.add(decoder, &normed, &next, voters)
+        Ok((normed, next))
     }
 
     fn padded(&self, example: &Example) -> Vec<u32> {

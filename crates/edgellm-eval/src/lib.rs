@@ -16,7 +16,10 @@
 
 #![forbid(unsafe_code)]
 
+mod answers;
 mod bootstrap;
+mod calibration;
+mod compare;
 mod divergence;
 mod error;
 mod figures;
@@ -24,15 +27,23 @@ mod heldout;
 mod metrics;
 mod multiple_choice;
 mod perplexity;
+mod questions;
+#[cfg(feature = "store")]
+pub mod store;
+pub mod sweep;
 mod votes;
 mod windows;
 
+pub use answers::{AnswerTask, Asked, read_answer_tasks};
 pub use bootstrap::{Difference, Item, interval, paired_difference, ratio};
+pub use calibration::{BINS, Bin, Reliability, reliability};
+pub use compare::{Baseline, Bound, Compared, Verdict, case_name, compare};
 pub use divergence::{Adapted, Divergence, adapted_kl_divergence, kl_divergence};
 pub use error::{EvalError, Result};
-pub use figures::{Better, Figure, Figures, Layer, RECORD_VERSION, Record};
+pub use figures::{Better, Figure, Figures, Layer, Measured, RECORD_VERSION, Record};
 pub use heldout::{ExitLoss, HeldOut, heldout_loss};
 pub use metrics::{JsonLines, peak_rss_bytes, rss_bytes};
-pub use multiple_choice::{Accuracy, ChoiceOption, MultipleChoice, Question, multiple_choice, read_questions};
-pub use perplexity::{Perplexity, perplexity};
+pub use multiple_choice::{Accuracy, ChoiceOption, MultipleChoice, Question, multiple_choice};
+pub use perplexity::{Perplexity, Strided, perplexity, strided_perplexity};
+pub use questions::{QuestionFile, Scoring, read_questions};
 pub use windows::Progress;

@@ -4,19 +4,14 @@
 //! option's tokens (`acc`), or divided by the characters of the option (`acc_norm`; here with the space before it). Context
 //! and option are tokenized separately. The context is run once; the options continue from its cache.
 
-use std::path::Path;
-
 use burn::tensor::Tensor;
-use edgellm_model::ModelError;
 use edgellm_model::adapter::Adapter;
 use edgellm_model::decoder::{CacheType, Decoder, KvCache};
-use edgellm_model::io::read_text;
-use edgellm_model::tokenizer::Tokenizer;
 use edgellm_model::traits::Voter;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::error::{EvalError, Result, finite};
-use crate::votes::{Sums, check_exits};
+use crate::votes::{Losses, check_exits};
 use crate::windows::Progress;
 
 /// An option of a question.
@@ -37,6 +32,8 @@ pub struct Question {
     pub options: Vec<ChoiceOption>,
     /// Index of the right one.
     pub answer: usize,
+    /// What it is about, where the file tells.
+    pub subject: Option<String>,
 }
 
 /// Shares of questions that were answered right.
@@ -57,6 +54,9 @@ pub struct MultipleChoice {
     pub votes: Vec<Accuracy>,
     /// Questions.
     pub questions: usize,
+    /// Whether each question was answered right, summed and per character: of each exit, then of each voter.
+    #[serde(skip)]
+    pub items: Vec<Vec<[bool; 2]>>,
 }
 
 /// Answers `questions` at each of `exits` and by each vote.
@@ -78,27 +78,27 @@ pub fn multiple_choice(
     if questions.is_empty() {
         return Err(EvalError::TooLittle { what: "questions", needed: 1, found: 0 });
     }
-    let mut right = vec![[0usize; 2]; exits.len() + voters.len()];
+    let mut items = vec![Vec::with_capacity(questions.len()); exits.len() + voters.len()];
     for (index, question) in questions.iter().enumerate() {
         check_question(question, index)?;
         let scores = scores(decoder, adapter, exits, voters, question)?;
-        for (place, right) in right.iter_mut().enumerate() {
+        for (place, items) in items.iter_mut().enumerate() {
             let summed = scores.iter().map(|option| option[place]);
             let per_character = scores.iter().zip(&question.options).map(|(s, o)| s[place] / o.characters as f64);
-            right[0] += usize::from(likeliest(summed) == question.answer);
-            right[1] += usize::from(likeliest(per_character) == question.answer);
+            items.push([likeliest(summed) == question.answer, likeliest(per_character) == question.answer]);
         }
         progress(Progress { done: index + 1, total: questions.len() });
     }
-    let share = |right: &[usize; 2]| {
-        let [acc, acc_norm] = right.map(|n| n as f64 / questions.len() as f64);
-        Accuracy { acc, acc_norm }
+    let share = |items: &Vec<[bool; 2]>| {
+        let share = |way: usize| items.iter().filter(|right| right[way]).count() as f64 / questions.len() as f64;
+        Accuracy { acc: share(0), acc_norm: share(1) }
     };
-    let (by_exit, votes) = right.split_at(exits.len());
+    let (by_exit, votes) = items.split_at(exits.len());
     Ok(MultipleChoice {
         by_exit: by_exit.iter().map(share).collect(),
         votes: votes.iter().map(share).collect(),
         questions: questions.len(),
+        items,
     })
 }
 
@@ -143,10 +143,10 @@ fn scores(
             let rows = states(decoder, adapter, exits, given, &mut cache)?;
             normed = normed.into_iter().zip(rows).map(|(first, rest)| Tensor::cat(vec![first, rest], 0)).collect();
         }
-        let mut sums = Sums::zero(exits.len(), voters.len());
-        sums.add(decoder, &normed, &targets.collect::<Vec<i32>>(), voters)?;
-        let losses = sums.exits.into_iter().chain(sums.votes);
-        losses.map(|loss| finite("the log-likelihood of an option", -loss)).collect()
+        let mut losses = Losses::none(exits.len(), voters.len());
+        losses.add(decoder, &normed, &targets.collect::<Vec<i32>>(), voters)?;
+        let sums = losses.exits.iter().chain(&losses.votes).map(|losses| losses.iter().sum::<f64>());
+        sums.map(|loss| finite("the log-likelihood of an option", -loss)).collect()
     };
     check_ids(decoder, question)?;
     question.options.iter().map(score).collect()
@@ -189,59 +189,4 @@ fn states(
 fn likeliest(scores: impl Iterator<Item = f64>) -> usize {
     let better = |best: (usize, f64), next: (usize, f64)| if next.1 > best.1 { next } else { best };
     scores.enumerate().fold((0, f64::NEG_INFINITY), better).0
-}
-
-/// A line of a file of questions.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Line {
-    /// A context and its continuations, such as HellaSwag's.
-    Choices { context: String, choices: Vec<String>, answer: usize },
-    /// A prompt that lists its options by letter, and the right letter, such as MMLU's.
-    Letters { input: String, output: String },
-}
-
-/// Reads the first `limit` questions of a file of JSON lines.
-///
-/// A line has `context`, `choices` and `answer` (an index), or `input`, a prompt with lines that begin `A. `, `B. ` and so
-/// on, and `output`, a letter: the options are then the letters.
-///
-/// # Errors
-/// The file cannot be read, a line is no question, or the tokenizer fails.
-pub fn read_questions(path: &Path, tokenizer: &Tokenizer, limit: usize) -> Result<Vec<Question>> {
-    let text = read_text(path)?;
-    let mut questions = Vec::new();
-    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).take(limit) {
-        let bad = |reason: &str| {
-            let what = format!("question on line {}", index + 1);
-            ModelError::Parse { path: path.to_path_buf(), what, reason: reason.into() }
-        };
-        let line: Line = serde_json::from_str(line).map_err(|_| {
-            bad("expected 'context', 'choices' and 'answer' (an index), or 'input' and 'output' (a letter)")
-        })?;
-        let (context, options, answer) = match line {
-            Line::Choices { context, choices, answer } => (context, choices, answer),
-            Line::Letters { input, output } => {
-                let listed = |letter: &char| input.contains(&format!("\n{letter}. "));
-                let letters: Vec<String> = ('A'..='Z').take_while(listed).map(String::from).collect();
-                let answer = letters.iter().position(|letter| *letter == output.trim());
-                let answer = answer.ok_or_else(|| bad("expected an 'output' that is the letter of a listed option"))?;
-                (input, letters, answer)
-            }
-        };
-        let option = |text: &String| {
-            let text = format!(" {text}");
-            Ok(ChoiceOption { ids: tokenizer.encode(&text, false)?, characters: text.chars().count() })
-        };
-        let question = Question {
-            context: tokenizer.encode(&context, true)?,
-            options: options.iter().map(option).collect::<Result<_, ModelError>>()?,
-            answer,
-        };
-        if question.context.is_empty() || question.options.len() < 2 || question.answer >= question.options.len() {
-            return Err(bad("expected a context, at least two options, and an answer among them").into());
-        }
-        questions.push(question);
-    }
-    Ok(questions)
 }

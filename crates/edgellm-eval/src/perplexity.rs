@@ -5,14 +5,15 @@ use edgellm_model::adapter::Adapter;
 use edgellm_model::decoder::{Decoder, Weight};
 use edgellm_model::generate::to_vec;
 
-use crate::error::{Result, finite};
+use crate::bootstrap::{Item, ratio};
+use crate::error::{EvalError, Result, finite};
 use crate::windows::{Progress, hidden, windows};
 
 /// Tokens whose logits are held at a time where the head is not packed.
 const DENSE_CHUNK: usize = 64;
 
 /// The perplexity of a text.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Perplexity {
     /// Over all targets of every window.
     pub all_targets: f64,
@@ -22,6 +23,9 @@ pub struct Perplexity {
     pub tokens: usize,
     /// Windows that were run.
     pub windows: usize,
+    /// Summed negative log-likelihood and targets of each window: of all targets, and of those in its second half.
+    #[serde(skip)]
+    pub items: [Vec<Item>; 2],
 }
 
 /// Perplexity of `ids` in windows of `context` tokens without overlap, at most `limit` of them.
@@ -40,21 +44,82 @@ pub fn perplexity(
 ) -> Result<Perplexity> {
     let windows = windows(ids, context, limit)?;
     let half = context / 2;
-    let (mut first, mut second) = (0.0, 0.0);
+    let mut items = [Vec::with_capacity(windows.len()), Vec::with_capacity(windows.len())];
     for (index, window) in windows.iter().enumerate() {
         let normed = hidden(decoder, adapter, window)?;
-        first += negative_log_likelihood(decoder, &normed, window, 0..half)?;
-        second += negative_log_likelihood(decoder, &normed, window, half..context - 1)?;
+        let first = negative_log_likelihood(decoder, &normed, window, 0..half)?;
+        let second = negative_log_likelihood(decoder, &normed, window, half..context - 1)?;
+        items[0].push(Item { sum: first + second, weight: (context - 1) as f64 });
+        items[1].push(Item { sum: second, weight: (context - 1 - half) as f64 });
         progress(Progress { done: index + 1, total: windows.len() });
     }
-    let n = windows.len();
-    let (targets, second_targets) = (n * (context - 1), n * (context - 1 - half));
-    let mean = |sum: f64, count: usize| (sum / count as f64).exp();
     Ok(Perplexity {
-        all_targets: finite("the perplexity", mean(first + second, targets))?,
-        second_half: finite("the perplexity of the second half", mean(second, second_targets))?,
-        tokens: targets,
-        windows: n,
+        all_targets: finite("the perplexity", ratio(&items[0]).exp())?,
+        second_half: finite("the perplexity of the second half", ratio(&items[1]).exp())?,
+        tokens: windows.len() * (context - 1),
+        windows: windows.len(),
+        items,
+    })
+}
+
+/// The perplexity of a text in windows that overlap.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Strided {
+    /// Over all targets.
+    pub perplexity: f64,
+    /// Targets in all.
+    pub tokens: usize,
+    /// Windows that were run.
+    pub windows: usize,
+    /// Summed negative log-likelihood and targets of each window.
+    #[serde(skip)]
+    pub items: Vec<Item>,
+}
+
+/// Perplexity of `ids` in windows of `context` tokens that begin every `stride` tokens: each token is a target once, in the
+/// first window that reaches it, so that all but those of the first window have at least `context - stride` tokens before
+/// them (Hugging Face's documentation on the perplexity of fixed-length models). At most `limit` windows; a last, shorter one
+/// counts.
+///
+/// # Errors
+/// As [`perplexity`], or a stride that is 0 or longer than the context.
+pub fn strided_perplexity(
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    ids: &[u32],
+    (context, stride): (usize, usize),
+    limit: Option<usize>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Strided> {
+    if stride == 0 || stride > context {
+        let expected = format!("1 to {context}, the tokens of a window");
+        return Err(EvalError::Setting { what: "stride", expected, found: stride.to_string() });
+    }
+    // The same checks, and the same words.
+    windows(ids, context, limit)?;
+    let all = 1 + (ids.len() - context).div_ceil(stride);
+    let count = all.min(limit.unwrap_or(usize::MAX));
+    let mut items = Vec::with_capacity(count);
+    let mut scored = 0;
+    for index in 0..count {
+        let begin = index * stride;
+        let window = &ids[begin..(begin + context).min(ids.len())];
+        // The first token of a text, or of a window that overlaps with none, has nothing before it.
+        let first = scored.max(begin + 1) - begin - 1;
+        let targets = first..window.len() - 1;
+        scored = begin + window.len();
+        if !targets.is_empty() {
+            let normed = hidden(decoder, adapter, window)?;
+            let weight = targets.len() as f64;
+            items.push(Item { sum: negative_log_likelihood(decoder, &normed, window, targets)?, weight });
+        }
+        progress(Progress { done: index + 1, total: count });
+    }
+    Ok(Strided {
+        perplexity: finite("the perplexity", ratio(&items).exp())?,
+        tokens: items.iter().map(|item| item.weight).sum::<f64>() as usize,
+        windows: count,
+        items,
     })
 }
 

@@ -1,4 +1,4 @@
-//! Losses of response tokens at every exit and of every vote, from the exits' normed states.
+//! Losses of response tokens at every exit and of every vote, token by token, from the exits' normed states.
 
 use burn::tensor::{Int, Tensor};
 use edgellm_model::decoder::Decoder;
@@ -24,19 +24,19 @@ pub(crate) fn check_exits(exits: &[usize], n_blocks: usize) -> Result<()> {
     Ok(())
 }
 
-/// Summed losses of the exits and of the votes, in nats.
+/// Losses of tokens at the exits and by the votes, in nats: a list of tokens for each.
 #[derive(Clone, Debug)]
-pub(crate) struct Sums {
-    pub(crate) exits: Vec<f64>,
-    pub(crate) votes: Vec<f64>,
+pub(crate) struct Losses {
+    pub(crate) exits: Vec<Vec<f64>>,
+    pub(crate) votes: Vec<Vec<f64>>,
 }
 
-impl Sums {
-    pub(crate) fn zero(exits: usize, voters: usize) -> Self {
-        Self { exits: vec![0.0; exits], votes: vec![0.0; voters] }
+impl Losses {
+    pub(crate) fn none(exits: usize, voters: usize) -> Self {
+        Self { exits: vec![Vec::new(); exits], votes: vec![Vec::new(); voters] }
     }
 
-    /// Adds the losses of `targets`, given each exit's normed states, `[tokens, d]`.
+    /// Appends the losses of `targets`, given each exit's normed states, `[tokens, d]`.
     ///
     /// A log-linear pool costs one head product, like an exit. Any other vote looks at all exits' distributions, which
     /// costs one for each exit. With 8-bit activations the two ways round differently (of the target's logit, by some
@@ -48,20 +48,20 @@ impl Sums {
         targets: &[i32],
         voters: &[&dyn Voter],
     ) -> Result<()> {
-        for (normed, sum) in normed.iter().zip(&mut self.exits) {
-            *sum += pool_loss(decoder, std::slice::from_ref(normed), &[1.0], targets)?;
+        for (normed, losses) in normed.iter().zip(&mut self.exits) {
+            losses.extend(pool_loss(decoder, std::slice::from_ref(normed), &[1.0], targets)?);
         }
         let mut others = Vec::new();
         for (index, &voter) in voters.iter().enumerate() {
             match voter.pool(normed.len()) {
-                Some(weights) => self.votes[index] += pool_loss(decoder, normed, &weights, targets)?,
+                Some(weights) => self.votes[index].extend(pool_loss(decoder, normed, &weights, targets)?),
                 None => others.push((index, voter)),
             }
         }
         if others.is_empty() { Ok(()) } else { self.add_distributions(decoder, normed, targets, &others) }
     }
 
-    /// Adds the losses of these votes, which look at whole distributions.
+    /// Appends the losses of these votes, which look at whole distributions.
     fn add_distributions(
         &mut self,
         decoder: &Decoder,
@@ -97,7 +97,7 @@ impl Sums {
                 .collect();
             for log_probs in of_tokens {
                 for ((vote, _), log_prob) in voters.iter().zip(log_probs) {
-                    self.votes[*vote] -= f64::from(log_prob);
+                    self.votes[*vote].push(-f64::from(log_prob));
                 }
             }
         }
@@ -105,14 +105,14 @@ impl Sums {
     }
 }
 
-/// The summed loss of a pool, a chunk of the tokens at a time.
-fn pool_loss(decoder: &Decoder, normed: &[Tensor<2>], weights: &[f32], targets: &[i32]) -> Result<f64> {
-    let mut sum = 0.0;
+/// The losses of a pool, a chunk of the tokens at a time.
+fn pool_loss(decoder: &Decoder, normed: &[Tensor<2>], weights: &[f32], targets: &[i32]) -> Result<Vec<f64>> {
+    let mut losses = Vec::with_capacity(targets.len());
     for (index, targets) in targets.chunks(LOSS_CHUNK).enumerate() {
         let part = |x: &Tensor<2>| x.clone().narrow(0, index * LOSS_CHUNK, targets.len());
         let parts: Vec<Tensor<2>> = normed.iter().map(part).collect();
         let targets = Tensor::<1, Int>::from_data(targets, &parts[0].device());
-        sum += to_vec(decoder.pooled_loss(&parts, weights, targets))?.into_iter().map(f64::from).sum::<f64>();
+        losses.extend(to_vec(decoder.pooled_loss(&parts, weights, targets))?.into_iter().map(f64::from));
     }
-    Ok(sum)
+    Ok(losses)
 }

@@ -2,8 +2,8 @@
 
 use burn::tensor::{Device, Tensor};
 use edgellm_eval::{
-    Accuracy, ChoiceOption, EvalError, Question, heldout_loss, kl_divergence, multiple_choice, perplexity,
-    read_questions,
+    Accuracy, ChoiceOption, EvalError, Measured, Question, QuestionFile, Scoring, heldout_loss, kl_divergence,
+    multiple_choice, perplexity, ratio, read_questions, reliability, strided_perplexity,
 };
 use edgellm_model::adapter::{Adapter, LoraConfig};
 use edgellm_model::data::Example;
@@ -251,6 +251,7 @@ fn options_are_scored_by_their_log_likelihood() {
             option(&[5, 6, 7], 5),
         ],
         answer,
+        subject: None,
     };
     let questions: Vec<Question> = (0..12).map(|seed| question(seed, usize::from(seed >= 8))).collect();
     // Exit 1, exit 4, and the vote: by sum and per character.
@@ -304,7 +305,8 @@ fn questions_are_read_in_both_layouts_or_refused() {
     let path = folder.path().join("q.jsonl");
     let read = |text: &str, limit| {
         std::fs::write(&path, text).unwrap();
-        read_questions(&path, &tokenizer, limit)
+        let file = QuestionFile { path: &path, limit, scoring: Scoring::Letter, shots: 0, shots_path: None };
+        read_questions(&file, &tokenizer)
     };
     let good = "{\"context\": \"One two\", \"choices\": [\"three.\", \"fünf\"], \"answer\": 0}\n\n\
                 {\"subject\": \"s\", \"input\": \"Which?\\nA. x\\nB. y\\nC. z\\nAnswer:\", \"output\": \"B\"}\n";
@@ -325,4 +327,62 @@ fn questions_are_read_in_both_layouts_or_refused() {
         let error = read(&format!("{good}{bad}\n"), 9).unwrap_err().to_string();
         assert!(error.contains("line 4"), "{bad}: {error}");
     }
+}
+
+#[test]
+fn strided_windows_score_each_token_once() {
+    let decoder = tiny_decoder(1, &Device::flex());
+    let ids = &text()[..100];
+    let run = |context, stride| strided_perplexity(&decoder, None, ids, (context, stride), None, &mut |_| {}).unwrap();
+    // All but the first token are scored, however the windows overlap.
+    for (context, stride, windows) in [(100, 100, 1), (32, 8, 10), (32, 20, 5), (40, 39, 3)] {
+        let found = run(context, stride);
+        assert_eq!((found.tokens, found.windows), (99, windows), "{context} {stride}");
+    }
+    // By hand: the second window of 32 begins at 8, and scores the tokens 32..40.
+    let found = run(32, 8);
+    let rows = log_probs(&decoder, None, &ids[8..40], decoder.n_blocks());
+    let loss: f64 = (32..40).map(|place| -f64::from(rows[place - 9][ids[place] as usize])).sum();
+    assert_eq!(found.items[1].weight, 8.0);
+    assert!((found.items[1].sum - loss).abs() < 1e-3, "{} is not {loss}", found.items[1].sum);
+    // Without overlap, the first token of a window has nothing before it: as the plain perplexity counts.
+    let plain = perplexity(&decoder, None, ids, 50, None, &mut |_| {}).unwrap();
+    assert!((run(50, 50).perplexity - plain.all_targets).abs() < 1e-9);
+    assert!(strided_perplexity(&decoder, None, ids, (32, 33), None, &mut |_| {}).is_err());
+    assert!(strided_perplexity(&decoder, None, ids, (32, 0), None, &mut |_| {}).is_err());
+}
+
+#[test]
+fn figures_agree_with_results_and_have_intervals() {
+    let (base, other) = (tiny_decoder(0, &Device::flex()), tiny_decoder(1, &Device::flex()));
+    let mut measured = Measured::default();
+    let divergence = kl_divergence(&base, &other, None, &text(), 20, None, &mut |_| {}).unwrap();
+    measured.add_divergence(&divergence);
+    let found = perplexity(&other, None, &text(), 20, None, &mut |_| {}).unwrap();
+    measured.add_perplexity(&found);
+    let adapter = adapter(&other);
+    let held = heldout_loss(&other, Some(&adapter), &[1, 4], &[], &examples(), &mut |_| {}).unwrap();
+    measured.add_heldout(&held, &[]);
+    let value = |name: &str| measured.figures[name].value;
+    assert_eq!(value("kl"), divergence.kl);
+    assert_eq!(value("top1_agreement"), divergence.top1_agreement);
+    assert_eq!(value("second_half_perplexity"), found.second_half);
+    assert_eq!((value("heldout_loss"), value("heldout_loss_exit_1")), (held.by_exit[1].loss, held.by_exit[0].loss));
+    let (low, high) = measured.figures["perplexity"].interval.unwrap();
+    assert!(low < found.all_targets && found.all_targets < high);
+    assert_eq!(measured.items["kl"].len(), divergence.windows);
+    assert_eq!(held.items[0].iter().map(|item| item.weight).sum::<f64>(), held.tokens as f64);
+    assert!((ratio(&held.items[1]) - held.by_exit[1].loss).abs() < 1e-12);
+}
+
+#[test]
+fn reliability_counts_every_response_token_of_exits_and_votes() {
+    let decoder = tiny_decoder(1, &Device::flex());
+    let adapter = adapter(&decoder);
+    let held = heldout_loss(&decoder, Some(&adapter), &[1, 4], &[], &examples(), &mut |_| {}).unwrap();
+    let voters: [&dyn Voter; 1] = [&Slow];
+    let found = reliability(&decoder, Some(&adapter), &[1, 4], &voters, &examples(), &mut |_| {}).unwrap();
+    assert_eq!(found.len(), 3);
+    assert!(found.iter().all(|r| r.tokens() == held.tokens && (0.0..=1.0).contains(&r.error())));
+    assert!(reliability(&decoder, None, &[4], &[], &[], &mut |_| {}).is_err());
 }

@@ -42,4 +42,4 @@ mod system;
 pub use error::{Result, SchedError};
 pub use measure::{ProfileRequest, measure_profile};
 pub use roofline::{Roofline, buffer_bytes};
-pub use system::usable_bytes;
+pub use system::{device_name, usable_bytes};

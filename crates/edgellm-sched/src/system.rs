@@ -28,7 +28,7 @@ fn group(mut capacities: Vec<u64>) -> Vec<(u64, usize)> {
 }
 
 /// A name for the device: the board's or the processor's, or else the instruction set.
-pub(crate) fn device_name() -> String {
+pub fn device_name() -> String {
     let board = fs::read_to_string("/proc/device-tree/model").ok();
     let board = board.map(|text| text.trim_end_matches('\0').trim().to_owned()).filter(|name| !name.is_empty());
     let processor = || field(&fs::read_to_string("/proc/cpuinfo").ok()?, "model name").map(str::to_owned);

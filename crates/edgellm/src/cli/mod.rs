@@ -89,6 +89,9 @@ struct Global {
     /// are chosen to fit (default: what the system has left, for the weights alone)
     #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size)]
     max_memory: Option<u64>,
+    /// The process that this one belongs to
+    #[arg(long, global = true, hide = true, value_name = "PID")]
+    parent: Option<u32>,
 }
 
 #[derive(Subcommand)]
@@ -231,6 +234,9 @@ fn log_to_stderr(verbose: u8, quiet: bool) {
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let global = cli.global;
+    if let Some(parent) = global.parent {
+        child::end_with(parent);
+    }
     interrupt::install()?;
     if let Some(name) = &global.isa {
         let isa = Isa::ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| {

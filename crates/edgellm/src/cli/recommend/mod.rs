@@ -8,6 +8,7 @@ use clap::Args;
 use edgellm::eval::rss_bytes;
 use edgellm::luc::Solution;
 use edgellm::model::files::ModelFiles;
+use edgellm::model::tokenizer::Tokenizer;
 use edgellm::model::values::{DeviceProfile, Measurement, read_value, write_value};
 use edgellm::recommend::{Recommendation, Wish, recommend};
 use edgellm::session::Memory;
@@ -54,8 +55,9 @@ impl Recommend {
         self.check(ctx)?;
         let profile: DeviceProfile = read_value(&self.device_profile)?;
         let files = ModelFiles::open(&ctx.store.resolve(&self.model)?)?;
-        // What a process that runs the model has before it loads it.
-        let tokenizer = files.tokenizer()?;
+        // What a process that runs the compressed model has before it loads it: the program, and a tokenizer that was read
+        // from JSON.
+        let tokenizer = Tokenizer::from_json(&self.device_profile, &files.tokenizer()?.to_json()?)?;
         let process = rss_bytes().unwrap_or(0);
         drop(tokenizer);
         let measurement: Measurement = read_value(&self.measurement)?;

@@ -1,34 +1,63 @@
-//! `edgellm eval`: perplexity of a text, distance from a base model, loss on held-out examples, multiple choice.
+//! `edgellm eval`: perplexity of a text, distance from a base model, loss on held-out examples, multiple choice, checks of
+//! generated answers.
 
+mod answers;
+#[cfg(feature = "results")]
+mod compare;
+mod report;
+#[cfg(feature = "results")]
+pub(crate) mod sweep;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use edgellm::eval::{
-    Divergence, HeldOut, MultipleChoice, Perplexity, Progress, heldout_loss, kl_divergence, multiple_choice,
-    peak_rss_bytes, perplexity, read_questions,
+    Divergence, HeldOut, Item, MultipleChoice, Perplexity, Progress, QuestionFile, Reliability, Scoring, Strided,
+    heldout_loss, kl_divergence, multiple_choice, perplexity, read_questions, reliability, strided_perplexity,
 };
 use edgellm::model::adapter::Adapter;
 use edgellm::model::data::DataReport;
 use edgellm::model::io::read_text;
 use edgellm::model::traits::Voter;
 use edgellm::session::LoadedModel;
-use serde_json::json;
 
 use super::data::DataArgs;
 use super::failure::Usage;
 use super::memory::Room;
-use super::output::{bytes, seconds, table};
 use super::progress::Counted;
 use super::run::exits;
 use super::run_adapters::load_adapter;
 use super::{Context, interrupt, vote};
 
+/// What there is to measure; one of them is needed.
+#[cfg(feature = "results")]
+const WHAT: [&str; 4] = ["data", "multiple_choice", "answers", "sweep"];
+#[cfg(not(feature = "results"))]
+const WHAT: [&str; 3] = ["data", "multiple_choice", "answers"];
+
+/// What to do with results.
+#[cfg(feature = "results")]
+#[derive(clap::Subcommand)]
+enum EvalCommand {
+    Compare(compare::Compare),
+}
+
 /// Measure how well a model does
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct Eval {
+    #[cfg(feature = "results")]
+    #[command(subcommand)]
+    command: Option<EvalCommand>,
+    #[cfg(feature = "results")]
+    #[command(flatten)]
+    sweep: sweep::SweepArgs,
     /// The model: a folder, a GGUF file, or a stored name
-    #[arg(short, long, value_name = "MODEL")]
+    #[arg(short, long, value_name = "MODEL", default_value = "", hide_default_value = true)]
+    #[cfg_attr(feature = "results", arg(required_unless_present = "sweep"))]
+    #[cfg_attr(not(feature = "results"), arg(required = true))]
     model: String,
     /// An adapter, as `edgellm adapt` or PEFT wrote it
     #[arg(long, value_name = "DIR")]
@@ -37,7 +66,7 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "MODEL", requires = "text")]
     base: Option<String>,
     /// A text to measure the perplexity on
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["data", "multiple_choice"])]
+    #[arg(long, value_name = "FILE", required_unless_present_any = WHAT)]
     text: Option<PathBuf>,
     /// Tokens of a window of the text
     #[arg(long, default_value_t = 512, value_name = "N")]
@@ -45,6 +74,9 @@ pub(crate) struct Eval {
     /// Windows of the text at most (default: all)
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
+    /// Also measure the perplexity in windows that begin every so many tokens, each token scored once
+    #[arg(long, value_name = "N", requires = "text")]
+    stride: Option<usize>,
     /// Examples to measure the loss of the responses on: JSON lines, CSV or a plain text
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
@@ -54,28 +86,74 @@ pub(crate) struct Eval {
     /// 'input' that lists options by letter and 'output'
     #[arg(long, value_name = "FILE.jsonl")]
     multiple_choice: Option<PathBuf>,
-    /// Questions at most (default: all)
-    #[arg(long, value_name = "N", requires = "multiple_choice")]
+    /// Of options that are listed by letter: score the letter or the option's text
+    #[arg(long, value_enum, default_value_t = ScoringArg::Letter, value_name = "WHAT", requires = "multiple_choice")]
+    scoring: ScoringArg,
+    /// Answered questions of the same subject before each question
+    #[arg(long, default_value_t = 0, value_name = "K", requires = "multiple_choice")]
+    shots: usize,
+    /// The file that they come from (default: the same file, without the question itself)
+    #[arg(long, value_name = "FILE.jsonl", requires = "shots")]
+    shots_file: Option<PathBuf>,
+    /// Tasks to answer, checked: JSON lines with 'prompt' or 'messages', and 'exact', 'contains', 'regex' or 'json_schema'
+    #[arg(long, value_name = "FILE.jsonl")]
+    answers: Option<PathBuf>,
+    /// Tokens of an answer at most
+    #[arg(long, default_value_t = 128, value_name = "N", requires = "answers")]
+    max_tokens: usize,
+    /// Questions and tasks at most (default: all)
+    #[arg(long, value_name = "N")]
     limit: Option<usize>,
+    /// Measure how far confidence is from being right, of each exit and vote, on the examples
+    #[arg(long, requires = "data")]
+    calibration: bool,
+    /// With --json: also the items that every figure comes from, which comparisons need
+    #[arg(long)]
+    items: bool,
     /// How the exits decide together on examples and questions, one or several: last, max, renorm-max, mean; with a
     /// fitted adapter also weighted, calibrated-max, calibrated-renorm-max, calibrated-mean
     #[arg(long, default_value = "last", value_delimiter = ',', value_name = "NAME,...")]
     vote: Vec<String>,
 }
 
+/// What of an option is scored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ScoringArg {
+    /// Its letter
+    Letter,
+    /// Its text
+    Answer,
+}
+
 /// What was measured.
 #[derive(Default)]
 struct Results {
     perplexity: Option<Perplexity>,
+    strided: Option<Strided>,
     divergence: Option<Divergence>,
     heldout: Option<HeldOut>,
     data: Option<DataReport>,
     choice: Option<MultipleChoice>,
+    /// Questions and right answers by the first vote, by subject.
+    by_subject: BTreeMap<String, [usize; 2]>,
+    reliability: Option<Vec<Reliability>>,
+    generated: Vec<answers::Generated>,
+    answers: BTreeMap<String, Vec<Item>>,
+    load_seconds: f64,
     seconds: f64,
 }
 
 impl Eval {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
+        #[cfg(feature = "results")]
+        {
+            if let Some(EvalCommand::Compare(compare)) = &self.command {
+                return compare.run(ctx);
+            }
+            if let Some(template) = self.sweep.template() {
+                return self.sweep.run(ctx, template);
+            }
+        }
         self.format.check(&self.data)?;
         for name in &self.vote {
             vote::check_name(name, self.adapter.as_deref())?;
@@ -87,7 +165,16 @@ impl Eval {
             let text = format!("--context: expected at least 3, found {}; --windows: at least 1", self.context);
             return Err(Usage(text).into());
         }
+        if let Some(stride) = self.stride.filter(|stride| *stride == 0 || *stride > self.context) {
+            let text = format!("--stride: expected 1 to {}, the tokens of a window, found {stride}", self.context);
+            return Err(Usage(text).into());
+        }
+        if self.answers.is_some() && self.max_tokens == 0 {
+            return Err(Usage("--max-tokens: expected at least 1, found 0".into()).into());
+        }
+        let load = Instant::now();
         let model = ctx.load(&self.model, Room::PASSES)?;
+        let load_seconds = load.elapsed().as_secs_f64();
         let most = model.decoder.config().max_position_embeddings;
         if self.text.is_some() && self.context > most {
             let text =
@@ -96,7 +183,7 @@ impl Eval {
         }
         let adapter = load_adapter(self.adapter.as_deref(), &model)?;
         let start = Instant::now();
-        let mut results = Results::default();
+        let mut results = Results { load_seconds, ..Results::default() };
         if let Some(path) = &self.text {
             self.on_text(ctx, &model, adapter.as_ref(), path, &mut results)?;
         }
@@ -104,10 +191,20 @@ impl Eval {
             self.on_data(ctx, &model, adapter.as_ref(), path, &mut results)?;
         }
         if let Some(path) = &self.multiple_choice {
-            results.choice = Some(self.on_questions(ctx, &model, adapter.as_ref(), path)?);
+            self.on_questions(ctx, &model, adapter.as_ref(), path, &mut results)?;
+        }
+        if let Some(path) = &self.answers {
+            let generation = answers::Generation {
+                path,
+                limit: self.limit.unwrap_or(usize::MAX),
+                max_tokens: self.max_tokens,
+                vote: &self.vote[0],
+                adapter_dir: self.adapter.as_deref(),
+            };
+            (results.generated, results.answers) = generation.run(ctx, &model, adapter.as_ref())?;
         }
         results.seconds = start.elapsed().as_secs_f64();
-        self.report(ctx, &model, &results)
+        ctx.result(report::json(self, ctx, &model, &results), || report::text(self, &model, &results))
     }
 
     fn on_text(
@@ -123,6 +220,11 @@ impl Eval {
         results.perplexity = Some(with_progress(ctx, "perplexity", |on_step| {
             Ok(perplexity(&model.decoder, adapter, &ids, context, limit, on_step)?)
         })?);
+        if let Some(stride) = self.stride {
+            results.strided = Some(with_progress(ctx, "strided perplexity", |on_step| {
+                Ok(strided_perplexity(&model.decoder, adapter, &ids, (context, stride), limit, on_step)?)
+            })?);
+        }
         if let Some(name) = &self.base {
             let base = ctx.load_reference(name)?;
             if base.tokenizer.encode(&read_text(path)?, false)? != ids {
@@ -150,6 +252,11 @@ impl Eval {
         results.heldout = Some(with_progress(ctx, "held-out loss", |on_step| {
             Ok(heldout_loss(&model.decoder, adapter, &exits, &voters, &data.examples, on_step)?)
         })?);
+        if self.calibration {
+            results.reliability = Some(with_progress(ctx, "calibration", |on_step| {
+                Ok(reliability(&model.decoder, adapter, &exits, &voters, &data.examples, on_step)?)
+            })?);
+        }
         results.data = Some(data.report);
         Ok(())
     }
@@ -160,85 +267,34 @@ impl Eval {
         model: &LoadedModel,
         adapter: Option<&Adapter>,
         path: &Path,
-    ) -> anyhow::Result<MultipleChoice> {
-        let questions = read_questions(path, &model.tokenizer, self.limit.unwrap_or(usize::MAX))?;
+        results: &mut Results,
+    ) -> anyhow::Result<()> {
+        let scoring = match self.scoring {
+            ScoringArg::Letter => Scoring::Letter,
+            ScoringArg::Answer => Scoring::Answer,
+        };
+        let limit = self.limit.unwrap_or(usize::MAX);
+        let file = QuestionFile { path, limit, scoring, shots: self.shots, shots_path: self.shots_file.as_deref() };
+        let questions = read_questions(&file, &model.tokenizer)?;
         let exits = exits(adapter, model.decoder.n_blocks())?;
         let voters = self.voters(&exits)?;
         let voters: Vec<&dyn Voter> = voters.iter().map(AsRef::as_ref).collect();
-        with_progress(ctx, "multiple choice", |on_step| {
+        let found = with_progress(ctx, "multiple choice", |on_step| {
             Ok(multiple_choice(&model.decoder, adapter, &exits, &voters, &questions, on_step)?)
-        })
+        })?;
+        for (question, right) in questions.iter().zip(&found.items[exits.len()]) {
+            let Some(subject) = &question.subject else { continue };
+            let counts = results.by_subject.entry(subject.clone()).or_default();
+            counts[0] += 1;
+            counts[1] += usize::from(right[0]);
+        }
+        results.choice = Some(found);
+        Ok(())
     }
 
     /// The votes that were asked for.
     fn voters(&self, exits: &[usize]) -> anyhow::Result<Vec<Box<dyn Voter>>> {
         self.vote.iter().map(|name| vote::named(name, self.adapter.as_deref(), exits)).collect()
-    }
-
-    fn report(&self, ctx: &Context, model: &LoadedModel, results: &Results) -> anyhow::Result<()> {
-        let text_tokens = results.perplexity.map(|p| p.tokens);
-        let data_tokens = results.heldout.as_ref().map(|h| h.tokens);
-        let json = json!({
-            "perplexity": results.perplexity.map(|p| p.all_targets),
-            "second_half_perplexity": results.perplexity.map(|p| p.second_half),
-            "windows": results.perplexity.map(|p| p.windows),
-            "kl": results.divergence.map(|d| d.kl),
-            "second_half_kl": results.divergence.map(|d| d.second_half_kl),
-            "top1_agreement": results.divergence.map(|d| d.top1_agreement),
-            "heldout_loss": results.heldout.as_ref().and_then(|h| h.votes.first()),
-            "by_exit": results.heldout.as_ref().map(|h| &h.by_exit),
-            "vote": results.heldout.as_ref().map(|_| &self.vote[0]),
-            "votes": results.heldout.as_ref().map(|h| vote::by_name(&self.vote, &h.votes)),
-            "multiple_choice": results.choice.as_ref().map(|c| json!({
-                "questions": c.questions,
-                "by_exit": c.by_exit,
-                "votes": vote::by_name(&self.vote, &c.votes),
-            })),
-            "examples": results.heldout.as_ref().map(|h| h.examples),
-            "data": results.data,
-            "tokens": text_tokens.unwrap_or(0) + data_tokens.unwrap_or(0),
-            "seconds": results.seconds,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "model_bytes": model.files.file_bytes(),
-        });
-        ctx.result(json, || self.text(model, results))
-    }
-
-    fn text(&self, model: &LoadedModel, results: &Results) -> String {
-        let mut rows = Vec::new();
-        let mut row = |name: &str, value: String| rows.push(vec![name.to_string(), value]);
-        if let Some(p) = &results.perplexity {
-            row("perplexity", format!("{:.4}", p.all_targets));
-            row("perplexity, second half", format!("{:.4}", p.second_half));
-            row("windows", format!("{} of {} tokens", p.windows, self.context));
-        }
-        if let Some(d) = &results.divergence {
-            row("KL from the base", format!("{:.5} nats", d.kl));
-            row("KL, second half", format!("{:.5} nats", d.second_half_kl));
-            row("same likeliest token", format!("{:.2}%", d.top1_agreement * 100.0));
-        }
-        for exit in results.heldout.iter().flat_map(|h| &h.by_exit) {
-            row(&format!("held-out loss, exit {}", exit.exit), format!("{:.4}", exit.loss));
-        }
-        for (name, loss) in self.vote.iter().zip(results.heldout.iter().flat_map(|h| &h.votes)) {
-            row(&format!("held-out loss, vote {name}"), format!("{loss:.4}"));
-        }
-        if let Some(c) = &results.choice {
-            let exits = (1..=c.by_exit.len()).map(|number| format!("exit {number} of {}", c.by_exit.len()));
-            let names = exits.chain(self.vote.iter().map(|name| format!("vote {name}")));
-            for (name, found) in names.zip(c.by_exit.iter().chain(&c.votes)) {
-                let value = format!("{:.4} summed, {:.4} per character", found.acc, found.acc_norm);
-                row(&format!("accuracy, {name}"), value);
-            }
-            row("questions", c.questions.to_string());
-        }
-        row("model", bytes(model.files.file_bytes()));
-        if let Some(peak) = peak_rss_bytes() {
-            row("peak memory", bytes(peak));
-        }
-        row("time", seconds(results.seconds));
-        let data = results.data.as_ref().map(|report| format!("{report}\n")).unwrap_or_default();
-        data + table(&["", ""], &rows).trim_start()
     }
 }
 
