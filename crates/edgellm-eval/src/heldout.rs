@@ -68,12 +68,11 @@ pub fn heldout_loss(
     for (index, batch) in batches.iter().enumerate() {
         let mut losses = Losses::none(exits.len(), voters.len());
         let (normed, next) = batch.states(decoder, adapter, exits)?;
-        losses.add(decoder, &normed, &next, voters)?;
+        let lengths: Vec<usize> = batch.places.iter().map(|&place| targets(usable[place]).count()).collect();
+        losses.add(decoder, &normed, (&next, &lengths), voters)?;
         for (items, losses) in items.iter_mut().zip(losses.exits.iter().chain(&losses.votes)) {
-            let mut losses = losses.iter();
-            for &place in &batch.places {
-                let weight = targets(usable[place]).count();
-                items[place] = Item { sum: losses.by_ref().take(weight).sum(), weight: weight as f64 };
+            for ((&place, &length), &sum) in batch.places.iter().zip(&lengths).zip(losses) {
+                items[place] = Item { sum, weight: length as f64 };
             }
         }
         progress(Progress { done: index + 1, total: batches.len() });
