@@ -98,20 +98,20 @@ pub struct Bound {
     pub better: Better,
 }
 
-/// The least noise, as a share of the value: what other processors and thread counts round differently.
-const LEAST_NOISE: f64 = 0.01;
+/// The least noise: a share of the value, and a value.
+const LEAST_NOISE: (f64, f64) = (0.01, 1e-6);
 
 impl Baseline {
     /// The baseline of these records: figures of quality and the model's size. Times and memory are left out, since they
     /// belong to a machine.
     ///
-    /// The noise is a tenth of the interval's half-width: the interval says how another *sample* would differ, and a
-    /// baseline is held against the same sample.
+    /// The noise is a quarter of the interval's half-width: the interval says how another *sample* would differ, and a
+    /// baseline is held against the same sample, which other processors and numbers of threads only round differently.
     pub fn of(records: &[Record]) -> Self {
         let mut cases = BTreeMap::new();
         for record in records {
             let bounds = record.figures.iter().filter(|(_, figure)| !of_machine(figure)).map(|(name, figure)| {
-                let noise = (0.1 * figure.noise()).max(LEAST_NOISE * figure.value.abs());
+                let noise = (0.25 * figure.noise()).max(LEAST_NOISE.0 * figure.value.abs()).max(LEAST_NOISE.1);
                 (name.clone(), Bound { value: figure.value, noise, better: figure.better })
             });
             cases.insert(case_name(record), bounds.collect());

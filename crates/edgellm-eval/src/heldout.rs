@@ -82,20 +82,16 @@ pub fn heldout_loss_in_steps(
     let batches = batches(&usable);
     let mut items = vec![vec![Item { sum: 0.0, weight: 0.0 }; usable.len()]; exits.len() + voters.len()];
     for (index, batch) in batches.iter().enumerate() {
-        let weights: Vec<usize> = batch.places.iter().map(|&place| targets(usable[place]).count()).collect();
-        let sums = steps.item("held-out loss", index, items.len() * weights.len(), || {
+        let lengths: Vec<usize> = batch.places.iter().map(|&place| targets(usable[place]).count()).collect();
+        let sums = steps.item("held-out loss", index, items.len() * lengths.len(), || {
             let mut losses = Losses::none(exits.len(), voters.len());
             let (normed, next) = batch.states(decoder, adapter, exits)?;
-            losses.add(decoder, &normed, &next, voters)?;
-            let sums = losses.exits.iter().chain(&losses.votes).flat_map(|losses| {
-                let mut losses = losses.iter();
-                weights.iter().map(move |&weight| losses.by_ref().take(weight).sum::<f64>())
-            });
-            Ok(sums.collect())
+            losses.add(decoder, &normed, (&next, &lengths), voters)?;
+            Ok(losses.exits.into_iter().chain(losses.votes).flatten().collect())
         })?;
-        for (items, sums) in items.iter_mut().zip(sums.chunks(weights.len())) {
-            for ((&place, &weight), &sum) in batch.places.iter().zip(&weights).zip(sums) {
-                items[place] = Item { sum, weight: weight as f64 };
+        for (items, sums) in items.iter_mut().zip(sums.chunks(lengths.len())) {
+            for ((&place, &length), &sum) in batch.places.iter().zip(&lengths).zip(sums) {
+                items[place] = Item { sum, weight: length as f64 };
             }
         }
         steps.done(index + 1, batches.len());

@@ -167,8 +167,8 @@ fn scores(
             normed = normed.into_iter().zip(rows).map(|(first, rest)| Tensor::cat(vec![first, rest], 0)).collect();
         }
         let mut losses = Losses::none(exits.len(), voters.len());
-        losses.add(decoder, &normed, &targets.collect::<Vec<i32>>(), voters)?;
-        let sums = losses.exits.iter().chain(&losses.votes).map(|losses| losses.iter().sum::<f64>());
+        losses.add(decoder, &normed, (&targets.collect::<Vec<i32>>(), &[option.ids.len()]), voters)?;
+        let sums = losses.exits.iter().chain(&losses.votes).flatten();
         sums.map(|loss| finite("the log-likelihood of an option", -loss)).collect()
     };
     check_ids(decoder, question)?;

@@ -24,7 +24,7 @@ pub(crate) fn check_exits(exits: &[usize], n_blocks: usize) -> Result<()> {
     Ok(())
 }
 
-/// Losses of tokens at the exits and by the votes, in nats: a list of tokens for each.
+/// Summed losses at the exits and by the votes, in nats: a list of items (examples, options) for each.
 #[derive(Clone, Debug)]
 pub(crate) struct Losses {
     pub(crate) exits: Vec<Vec<f64>>,
@@ -36,7 +36,7 @@ impl Losses {
         Self { exits: vec![Vec::new(); exits], votes: vec![Vec::new(); voters] }
     }
 
-    /// Appends the losses of `targets`, given each exit's normed states, `[tokens, d]`.
+    /// Appends the losses of items with so many of the `targets` each, given the exits' normed states, `[tokens, d]`.
     ///
     /// A log-linear pool costs one head product, like an exit. Any other vote looks at all exits' distributions, which
     /// costs one for each exit. With 8-bit activations the two ways round differently (of the target's logit, by some
@@ -45,20 +45,21 @@ impl Losses {
         &mut self,
         decoder: &Decoder,
         normed: &[Tensor<2>],
-        targets: &[i32],
+        (targets, lengths): (&[i32], &[usize]),
         voters: &[&dyn Voter],
     ) -> Result<()> {
+        debug_assert_eq!(lengths.iter().sum::<usize>(), targets.len());
         for (normed, losses) in normed.iter().zip(&mut self.exits) {
-            losses.extend(pool_loss(decoder, std::slice::from_ref(normed), &[1.0], targets)?);
+            losses.extend(pool_loss(decoder, std::slice::from_ref(normed), &[1.0], (targets, lengths))?);
         }
         let mut others = Vec::new();
         for (index, &voter) in voters.iter().enumerate() {
             match voter.pool(normed.len()) {
-                Some(weights) => self.votes[index].extend(pool_loss(decoder, normed, &weights, targets)?),
+                Some(weights) => self.votes[index].extend(pool_loss(decoder, normed, &weights, (targets, lengths))?),
                 None => others.push((index, voter)),
             }
         }
-        if others.is_empty() { Ok(()) } else { self.add_distributions(decoder, normed, targets, &others) }
+        if others.is_empty() { Ok(()) } else { self.add_distributions(decoder, normed, (targets, lengths), &others) }
     }
 
     /// Appends the losses of these votes, which look at whole distributions.
@@ -66,10 +67,11 @@ impl Losses {
         &mut self,
         decoder: &Decoder,
         normed: &[Tensor<2>],
-        targets: &[i32],
+        (targets, lengths): (&[i32], &[usize]),
         voters: &[(usize, &dyn Voter)],
     ) -> Result<()> {
         let vocab = decoder.config().vocab_size;
+        let mut losses = vec![Vec::with_capacity(targets.len()); voters.len()];
         for (index, targets) in targets.chunks(CHUNK).enumerate() {
             let mut exits = Vec::with_capacity(normed.len());
             for normed in normed {
@@ -96,23 +98,37 @@ impl Losses {
                 )
                 .collect();
             for log_probs in of_tokens {
-                for ((vote, _), log_prob) in voters.iter().zip(log_probs) {
-                    self.votes[*vote].push(-f64::from(log_prob));
+                for (losses, log_prob) in losses.iter_mut().zip(log_probs) {
+                    losses.push(-f64::from(log_prob));
                 }
             }
+        }
+        for ((vote, _), losses) in voters.iter().zip(losses) {
+            let mut losses = losses.into_iter();
+            self.votes[*vote].extend(lengths.iter().map(|&length| losses.by_ref().take(length).sum::<f64>()));
         }
         Ok(())
     }
 }
 
-/// The losses of a pool, a chunk of the tokens at a time.
-fn pool_loss(decoder: &Decoder, normed: &[Tensor<2>], weights: &[f32], targets: &[i32]) -> Result<Vec<f64>> {
-    let mut losses = Vec::with_capacity(targets.len());
-    for (index, targets) in targets.chunks(LOSS_CHUNK).enumerate() {
-        let part = |x: &Tensor<2>| x.clone().narrow(0, index * LOSS_CHUNK, targets.len());
-        let parts: Vec<Tensor<2>> = normed.iter().map(part).collect();
-        let targets = Tensor::<1, Int>::from_data(targets, &parts[0].device());
-        losses.extend(to_vec(decoder.pooled_loss(&parts, weights, targets))?.into_iter().map(f64::from));
+/// The summed losses of a pool, item by item; of a long item a chunk of the tokens at a time.
+fn pool_loss(
+    decoder: &Decoder,
+    normed: &[Tensor<2>],
+    weights: &[f32],
+    (targets, lengths): (&[i32], &[usize]),
+) -> Result<Vec<f64>> {
+    let mut start = 0;
+    let mut losses = Vec::with_capacity(lengths.len());
+    for &length in lengths {
+        let mut sum = 0.0;
+        for targets in targets[start..start + length].chunks(LOSS_CHUNK) {
+            let parts: Vec<Tensor<2>> = normed.iter().map(|x| x.clone().narrow(0, start, targets.len())).collect();
+            start += targets.len();
+            let targets = Tensor::<1, Int>::from_data(targets, &parts[0].device());
+            sum += to_vec(decoder.pooled_loss(&parts, weights, targets))?.into_iter().map(f64::from).sum::<f64>();
+        }
+        losses.push(sum);
     }
     Ok(losses)
 }

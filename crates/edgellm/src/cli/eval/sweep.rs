@@ -481,15 +481,6 @@ pub(crate) fn find(folder: &Path, name: &str) -> anyhow::Result<Vec<Record>> {
     Ok(Store::open(&path)?.find(name)?)
 }
 
-/// All records of a store's folder.
-pub(crate) fn all(folder: &Path) -> anyhow::Result<Option<Vec<Record>>> {
-    let path = folder.join(RESULTS);
-    if !path.is_file() {
-        return Ok(None);
-    }
-    Ok(Some(Store::open(&path)?.records(None)?))
-}
-
 /// The name of a record's case, for tables.
 pub(super) fn name(record: &Record) -> String {
     case_name(record)
