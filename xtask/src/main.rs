@@ -26,6 +26,7 @@ mod python;
 mod repo;
 mod streaming;
 mod suite;
+mod sweep;
 mod synth_model;
 mod toolchain;
 mod train_fixture;
@@ -60,6 +61,7 @@ enum Task {
     CheckLoraGguf(checks::CheckLoraGguf),
     CheckLatency(latency::CheckLatency),
     CheckStreaming(streaming::CheckStreaming),
+    RegressionSweep(sweep::RegressionSweep),
     ArchCheck(architecture::ArchCheck),
     BenchDevice(device::BenchDevice),
     BuildAndroid(android::BuildAndroid),
@@ -86,6 +88,7 @@ fn main() -> ExitCode {
         Task::CheckLoraGguf(task) => task.run(),
         Task::CheckLatency(task) => task.run(),
         Task::CheckStreaming(task) => task.run(),
+        Task::RegressionSweep(task) => task.run(),
         Task::ArchCheck(task) => task.run(),
         Task::BenchDevice(task) => task.run(),
         Task::BuildAndroid(task) => task.run(),

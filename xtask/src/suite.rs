@@ -11,7 +11,7 @@ use xshell::{Cmd, cmd};
 
 use crate::edgellm::{Edgellm, SMOLLM2};
 use crate::toolchain::Toolchain;
-use crate::{android, bindings, checks, cross, demo, device, golden, ios, jetson, repo};
+use crate::{android, bindings, checks, cross, demo, device, golden, ios, jetson, repo, sweep};
 
 /// Runs everything that CI runs.
 #[derive(Args)]
@@ -40,12 +40,17 @@ struct Step {
 const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
 const NO_GOLDEN: &str = "no ../shared/golden";
 
-const STEPS: [Step; 38] = [
+const STEPS: [Step; 39] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
     Step { name: "examples in the docs", quick: true, run: doc_tests },
     Step { name: "demo on the fixture", quick: true, run: demo_run },
+    Step {
+        name: "regression sweep",
+        quick: true,
+        run: || sweep::check(&Edgellm::build(&[])?.quietly()).map(Outcome::Passed),
+    },
     Step { name: "bindings: C", quick: false, run: bindings::c },
     Step { name: "bindings: Python", quick: false, run: bindings::python },
     Step { name: "bindings: Kotlin", quick: false, run: bindings::kotlin },
