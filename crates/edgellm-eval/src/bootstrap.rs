@@ -4,7 +4,8 @@
 //! A figure is a ratio of sums over the items of a sample (windows, examples, questions): `sum a_i / sum b_i`, such as summed
 //! loss over tokens. The percentile interval draws as many items as there are, with replacement, again and again, and takes
 //! the 2.5th and the 97.5th percentile of the ratio. It says how far the figure would be from this one on other items *of
-//! the same kind*. It does not cover another text, another calibration, or, with few items (below some 20), heavy tails.
+//! the same kind*. It does not cover another text, another calibration, another seed of tuning, or, with
+//! few items (below some 20), heavy tails; and windows of one text count as independent, which neighbours are not quite.
 //!
 //! Two models on the same items are compared by the differences of the items, which are drawn together: most of what makes
 //! items differ makes them differ for both.

@@ -138,7 +138,7 @@ impl Baseline {
                     Better::Higher => bound.value - figure.value,
                 };
                 // What is no number is worse.
-                if !(worse <= bound.noise) {
+                if worse.is_nan() || worse > bound.noise {
                     let than = if bound.better == Better::Lower { "at most" } else { "at least" };
                     let limit = match bound.better {
                         Better::Lower => bound.value + bound.noise,

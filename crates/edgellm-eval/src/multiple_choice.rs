@@ -2,7 +2,8 @@
 //!
 //! As EleutherAI's lm-evaluation-harness does it: the score of an option is `log p(option | context)`, summed over the
 //! option's tokens (`acc`), or divided by the characters of the option (`acc_norm`; here with the space before it). Context
-//! and option are tokenized separately. The context is run once; the options continue from its cache.
+//! and option are tokenized separately (the harness encodes both at once and cuts, which is the same for tokenizers whose
+//! words carry the space before them). Of equal scores the first counts. The context is run once; the options continue from its cache.
 
 use burn::tensor::Tensor;
 use edgellm_model::adapter::Adapter;

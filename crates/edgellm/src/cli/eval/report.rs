@@ -170,5 +170,5 @@ pub(super) fn text(eval: &Eval, model: &LoadedModel, results: &Results) -> Strin
     }
     row("time", seconds(results.seconds), "");
     let data = results.data.as_ref().map(|report| format!("{report}\n")).unwrap_or_default();
-    data + table(&["", "", "95% interval"], &rows).trim_start()
+    data + &table(&["figure", "value", "95% interval"], &rows)
 }
