@@ -19,6 +19,7 @@
 mod answers;
 mod bootstrap;
 mod calibration;
+pub mod chart;
 mod compare;
 mod divergence;
 mod error;
@@ -28,6 +29,8 @@ mod metrics;
 mod multiple_choice;
 mod perplexity;
 mod questions;
+mod recommendations;
+pub mod report;
 #[cfg(feature = "store")]
 pub mod store;
 pub mod sweep;
@@ -46,4 +49,5 @@ pub use metrics::{JsonLines, peak_rss_bytes, rss_bytes};
 pub use multiple_choice::{Accuracy, ChoiceOption, MultipleChoice, Question, multiple_choice};
 pub use perplexity::{Perplexity, Strided, perplexity, strided_perplexity};
 pub use questions::{QuestionFile, Scoring, read_questions};
+pub use recommendations::recommendations;
 pub use windows::Progress;

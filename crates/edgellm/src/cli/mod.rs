@@ -3,7 +3,6 @@
 mod adapt;
 mod bench;
 mod calibration;
-mod chart;
 mod child;
 mod compress;
 mod compressors;
@@ -15,6 +14,8 @@ mod eval;
 mod failure;
 mod inspect;
 mod interrupt;
+#[cfg(feature = "results")]
+mod live;
 mod logits;
 mod measure;
 mod memory;
@@ -27,6 +28,7 @@ mod prompt;
 mod pull;
 mod recommend;
 mod recover;
+mod report;
 mod run;
 mod run_adapters;
 mod schedule;
@@ -111,6 +113,7 @@ enum Command {
     Merge(merge::Merge),
     Vote(vote::Vote),
     Eval(eval::Eval),
+    Report(report::Report),
     Run(run::Run),
     Speculate(speculate::Speculate),
     Bench(bench::Bench),
@@ -279,6 +282,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Merge(command) => command.run(&ctx).map(success),
         Command::Vote(command) => command.run(&ctx).map(success),
         Command::Eval(command) => command.run(&ctx).map(success),
+        Command::Report(command) => command.run(&ctx).map(success),
         Command::Run(command) => command.run(&ctx).map(success),
         Command::Speculate(command) => command.run(&ctx).map(success),
         Command::Bench(command) => command.run(&ctx).map(success),
