@@ -71,6 +71,8 @@ pub(crate) fn compare(edgellm: &Edgellm, folder: &Path, tolerance: f64, parts: P
         chats(edgellm, &golden, &mut table)?;
         let off = perplexity(edgellm, &golden, &mut table)?;
         summary.push_str(&format!(", perplexity within {:.3}%", off * 100.0));
+        let off = multiple_choice(edgellm, &golden, &mut table)?;
+        summary.push_str(&format!(", HellaSwag within {:.1} points", off * 100.0));
     }
     table.finish()?;
     Ok(summary)
@@ -239,6 +241,23 @@ fn perplexity(edgellm: &Edgellm, golden: &Value, table: &mut Table) -> Result<f6
         let off = larger(0.0, found / expected - 1.0);
         worst = worst.max(off);
         table.row(key, off <= 2e-3, &format!("{found:.4}, golden {expected:.4} ({:.4}% off)", off * 100.0));
+    }
+    Ok(worst)
+}
+
+/// Difference of the accuracies on HellaSwag's first questions, summed and per character; a point is allowed.
+fn multiple_choice(edgellm: &Edgellm, golden: &Value, table: &mut Table) -> Result<f64> {
+    let golden = &golden["hellaswag_200"];
+    let questions = repo::shared("data")?.context("no ../shared/data")?.join("hellaswag_val_1000.jsonl");
+    let eval = edgellm.json(["eval", "-m", SMOLLM2, "--multiple-choice", arg(&questions)?, "--limit", "200"])?;
+    let found = &eval["multiple_choice"]["votes"]["last"];
+    let mut worst = 0.0_f64;
+    for (key, golden_key) in [("acc", "accuracy_sum"), ("acc_norm", "accuracy_per_character")] {
+        let (found, expected) = (number(found, key)?, number(golden, golden_key)?);
+        let off = larger(0.0, found - expected);
+        worst = worst.max(off);
+        // 0.01 and what the difference of two decimal fractions is rounded by.
+        table.row(&format!("HellaSwag {key}"), off <= 0.01 + 1e-9, &format!("{found:.4}, golden {expected:.4}"));
     }
     Ok(worst)
 }

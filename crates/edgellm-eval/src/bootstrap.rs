@@ -36,14 +36,23 @@ pub fn ratio(items: &[Item]) -> f64 {
 
 /// The 95% percentile interval of [`ratio`]; `None` for fewer than two items.
 pub fn interval(items: &[Item], seed: u64) -> Option<(f64, f64)> {
-    let mut drawn = draws(items.len(), seed, |indices| {
+    interval_of(items.len(), seed, |indices| {
         let (mut sum, mut weight) = (0.0, 0.0);
         for index in indices {
             sum += items[index].sum;
             weight += items[index].weight;
         }
         sum / weight
-    })?;
+    })
+}
+
+/// The 95% percentile interval of what `figure` makes of each draw of `n` items; `None` for fewer than two.
+pub(crate) fn interval_of(
+    n: usize,
+    seed: u64,
+    figure: impl Fn(&mut dyn Iterator<Item = usize>) -> f64 + Sync,
+) -> Option<(f64, f64)> {
+    let mut drawn = draws(n, seed, figure)?;
     // A draw of weightless items only has no ratio.
     drawn.retain(|value| value.is_finite());
     drawn.sort_by(f64::total_cmp);

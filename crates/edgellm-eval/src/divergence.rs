@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use crate::bootstrap::{Item, ratio};
 use crate::error::{EvalError, Result, finite};
+use crate::items::Steps;
 use crate::windows::{Progress, hidden, windows};
 
 /// Tokens whose logits are held at a time, of both models.
@@ -72,6 +73,22 @@ pub fn adapted_kl_divergence(
     limit: Option<usize>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Divergence> {
+    let steps = &mut Steps::new(progress);
+    divergence_in_steps((base, base_adapter), (other, adapter), ids, context, limit, steps)
+}
+
+/// As [`adapted_kl_divergence`], in steps that may be kept; an item is a window.
+///
+/// # Errors
+/// As [`kl_divergence`], or those of a file of items.
+pub fn divergence_in_steps(
+    (base, base_adapter): Adapted<'_>,
+    (other, adapter): Adapted<'_>,
+    ids: &[u32],
+    context: usize,
+    limit: Option<usize>,
+    steps: &mut Steps<'_>,
+) -> Result<Divergence> {
     let (vocab, found) = (base.config().vocab_size, other.config().vocab_size);
     if vocab != found {
         let expected = format!("{vocab}, that of the base model");
@@ -82,24 +99,31 @@ pub fn adapted_kl_divergence(
     let (all, in_second) = ((context - 1) as f64, (context - 1 - half) as f64);
     let mut items: [Vec<Item>; 3] = Default::default();
     for (index, window) in windows.iter().enumerate() {
-        let x = hidden(base, base_adapter, window)?;
-        let y = hidden(other, adapter, window)?;
-        let (mut first, mut second, mut agree) = (0.0, 0.0, 0usize);
-        for start in (0..context - 1).step_by(CHUNK) {
-            let len = CHUNK.min(context - 1 - start);
-            let p = to_vec(base.logits(x.clone().narrow(0, start, len)))?;
-            let q = to_vec(other.logits(y.clone().narrow(0, start, len)))?;
-            let rows: Vec<(f64, bool)> =
-                p.par_chunks(vocab).zip(q.par_chunks(vocab)).map(|(p, q)| (kl(p, q), argmax(p) == argmax(q))).collect();
-            for (row, (kl, same)) in rows.into_iter().enumerate() {
-                *if start + row < half { &mut first } else { &mut second } += kl;
-                agree += usize::from(same);
+        let compare = || -> Result<Vec<f64>> {
+            let x = hidden(base, base_adapter, window)?;
+            let y = hidden(other, adapter, window)?;
+            let (mut first, mut second, mut agree) = (0.0, 0.0, 0usize);
+            for start in (0..context - 1).step_by(CHUNK) {
+                let len = CHUNK.min(context - 1 - start);
+                let p = to_vec(base.logits(x.clone().narrow(0, start, len)))?;
+                let q = to_vec(other.logits(y.clone().narrow(0, start, len)))?;
+                let rows: Vec<(f64, bool)> = p
+                    .par_chunks(vocab)
+                    .zip(q.par_chunks(vocab))
+                    .map(|(p, q)| (kl(p, q), argmax(p) == argmax(q)))
+                    .collect();
+                for (row, (kl, same)) in rows.into_iter().enumerate() {
+                    *if start + row < half { &mut first } else { &mut second } += kl;
+                    agree += usize::from(same);
+                }
             }
+            Ok(vec![first + second, second, agree as f64])
+        };
+        let values = steps.item("divergence", index, items.len(), compare)?;
+        for ((items, sum), weight) in items.iter_mut().zip(values).zip([all, in_second, all]) {
+            items.push(Item { sum, weight });
         }
-        items[0].push(Item { sum: first + second, weight: all });
-        items[1].push(Item { sum: second, weight: in_second });
-        items[2].push(Item { sum: agree as f64, weight: all });
-        progress(Progress { done: index + 1, total: windows.len() });
+        steps.done(index + 1, windows.len());
     }
     Ok(Divergence {
         kl: finite("the KL divergence", ratio(&items[0]))?,

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::bootstrap::{Item, interval, ratio};
+use crate::calibration::Reliability;
 use crate::divergence::Divergence;
 use crate::heldout::HeldOut;
 use crate::multiple_choice::MultipleChoice;
@@ -89,6 +90,12 @@ impl Measured {
         self.figures.insert(name.into(), Figure::exact(value, unit, better));
     }
 
+    /// Adds all of `other`; what has the same name is replaced.
+    pub fn extend(&mut self, other: Self) {
+        self.figures.extend(other.figures);
+        self.items.extend(other.items);
+    }
+
     /// Adds the exponential of a ratio over items: a perplexity.
     pub fn add_logarithm(&mut self, name: &str, items: Vec<Item>) {
         self.figures.insert(name.into(), Figure::exponential(&items));
@@ -123,6 +130,13 @@ impl Measured {
         for (name, items) in votes.iter().zip(by_vote).skip(1) {
             self.add(&format!("heldout_loss_{name}"), items.clone(), "nats", Better::Lower);
         }
+    }
+
+    /// Adds an expected calibration error, with its interval over examples.
+    pub fn add_calibration(&mut self, name: &str, found: &Reliability) {
+        let (interval, n) = (found.interval(SEED), Some(found.n_examples() as u64));
+        let figure = Figure { interval, n, ..Figure::exact(found.error(), "share", Better::Lower) };
+        self.figures.insert(name.into(), figure);
     }
 
     /// Adds `accuracy` and `accuracy_norm` (of the first vote, or of the last exit) and those of further votes.

@@ -11,6 +11,7 @@ use edgellm_model::traits::Voter;
 
 use crate::bootstrap::{Item, ratio};
 use crate::error::{EvalError, Result, finite};
+use crate::items::Steps;
 use crate::votes::{Losses, check_exits};
 use crate::windows::Progress;
 
@@ -57,6 +58,21 @@ pub fn heldout_loss(
     examples: &[Example],
     progress: &mut dyn FnMut(Progress),
 ) -> Result<HeldOut> {
+    heldout_loss_in_steps(decoder, adapter, exits, voters, examples, &mut Steps::new(progress))
+}
+
+/// As [`heldout_loss`], in steps that may be kept; an item is a batch of examples.
+///
+/// # Errors
+/// As [`heldout_loss`], or those of a file of items.
+pub fn heldout_loss_in_steps(
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    exits: &[usize],
+    voters: &[&dyn Voter],
+    examples: &[Example],
+    steps: &mut Steps<'_>,
+) -> Result<HeldOut> {
     check_exits(exits, decoder.n_blocks())?;
     let usable: Vec<&Example> = examples.iter().filter(|e| targets(e).next().is_some()).collect();
     let tokens: usize = usable.iter().map(|e| targets(e).count()).sum();
@@ -66,16 +82,19 @@ pub fn heldout_loss(
     let batches = batches(&usable);
     let mut items = vec![vec![Item { sum: 0.0, weight: 0.0 }; usable.len()]; exits.len() + voters.len()];
     for (index, batch) in batches.iter().enumerate() {
-        let mut losses = Losses::none(exits.len(), voters.len());
-        let (normed, next) = batch.states(decoder, adapter, exits)?;
         let lengths: Vec<usize> = batch.places.iter().map(|&place| targets(usable[place]).count()).collect();
-        losses.add(decoder, &normed, (&next, &lengths), voters)?;
-        for (items, losses) in items.iter_mut().zip(losses.exits.iter().chain(&losses.votes)) {
-            for ((&place, &length), &sum) in batch.places.iter().zip(&lengths).zip(losses) {
+        let sums = steps.item("held-out loss", index, items.len() * lengths.len(), || {
+            let mut losses = Losses::none(exits.len(), voters.len());
+            let (normed, next) = batch.states(decoder, adapter, exits)?;
+            losses.add(decoder, &normed, (&next, &lengths), voters)?;
+            Ok(losses.exits.into_iter().chain(losses.votes).flatten().collect())
+        })?;
+        for (items, sums) in items.iter_mut().zip(sums.chunks(lengths.len())) {
+            for ((&place, &length), &sum) in batch.places.iter().zip(&lengths).zip(sums) {
                 items[place] = Item { sum, weight: length as f64 };
             }
         }
-        progress(Progress { done: index + 1, total: batches.len() });
+        steps.done(index + 1, batches.len());
     }
     let mean = |items: &Vec<Item>| finite("the held-out loss", ratio(items));
     let by_exit = exits.iter().zip(&items).map(|(&exit, items)| Ok(ExitLoss { exit, loss: mean(items)? }));

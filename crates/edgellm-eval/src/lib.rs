@@ -22,9 +22,11 @@ mod calibration;
 pub mod chart;
 mod compare;
 mod divergence;
+mod energy;
 mod error;
 mod figures;
 mod heldout;
+mod items;
 mod metrics;
 mod multiple_choice;
 mod perplexity;
@@ -39,15 +41,21 @@ mod windows;
 
 pub use answers::{AnswerTask, Asked, read_answer_tasks};
 pub use bootstrap::{Difference, Item, interval, paired_difference, ratio};
-pub use calibration::{BINS, Bin, Reliability, reliability};
+pub use calibration::{BINS, Bin, Reliability, reliability, reliability_in_steps};
 pub use compare::{Baseline, Bound, Compared, Verdict, case_name, compare};
-pub use divergence::{Adapted, Divergence, adapted_kl_divergence, kl_divergence};
+pub use divergence::{Adapted, Divergence, adapted_kl_divergence, divergence_in_steps, kl_divergence};
+pub use energy::EnergyMeter;
 pub use error::{EvalError, Result};
 pub use figures::{Better, Figure, Figures, Layer, Measured, RECORD_VERSION, Record};
-pub use heldout::{ExitLoss, HeldOut, heldout_loss};
+pub use heldout::{ExitLoss, HeldOut, heldout_loss, heldout_loss_in_steps};
+pub use items::{Entry, ItemLog, Steps};
 pub use metrics::{JsonLines, peak_rss_bytes, rss_bytes};
-pub use multiple_choice::{Accuracy, ChoiceOption, MultipleChoice, Question, multiple_choice};
-pub use perplexity::{Perplexity, Strided, perplexity, strided_perplexity};
+pub use multiple_choice::{
+    Accuracy, ChoiceOption, MultipleChoice, Question, multiple_choice, multiple_choice_in_steps,
+};
+pub use perplexity::{
+    Perplexity, Strided, perplexity, perplexity_in_steps, strided_perplexity, strided_perplexity_in_steps,
+};
 pub use questions::{QuestionFile, Scoring, read_questions};
 pub use recommendations::recommendations;
 pub use windows::Progress;

@@ -11,6 +11,7 @@ use edgellm_model::traits::Voter;
 use serde::Serialize;
 
 use crate::error::{EvalError, Result, finite};
+use crate::items::Steps;
 use crate::votes::{Losses, check_exits};
 use crate::windows::Progress;
 
@@ -74,6 +75,21 @@ pub fn multiple_choice(
     questions: &[Question],
     progress: &mut dyn FnMut(Progress),
 ) -> Result<MultipleChoice> {
+    multiple_choice_in_steps(decoder, adapter, exits, voters, questions, &mut Steps::new(progress))
+}
+
+/// As [`multiple_choice`], in steps that may be kept; an item is a question.
+///
+/// # Errors
+/// As [`multiple_choice`], or those of a file of items.
+pub fn multiple_choice_in_steps(
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    exits: &[usize],
+    voters: &[&dyn Voter],
+    questions: &[Question],
+    steps: &mut Steps<'_>,
+) -> Result<MultipleChoice> {
     check_exits(exits, decoder.n_blocks())?;
     if questions.is_empty() {
         return Err(EvalError::TooLittle { what: "questions", needed: 1, found: 0 });
@@ -81,13 +97,20 @@ pub fn multiple_choice(
     let mut items = vec![Vec::with_capacity(questions.len()); exits.len() + voters.len()];
     for (index, question) in questions.iter().enumerate() {
         check_question(question, index)?;
-        let scores = scores(decoder, adapter, exits, voters, question)?;
-        for (place, items) in items.iter_mut().enumerate() {
-            let summed = scores.iter().map(|option| option[place]);
-            let per_character = scores.iter().zip(&question.options).map(|(s, o)| s[place] / o.characters as f64);
-            items.push([likeliest(summed) == question.answer, likeliest(per_character) == question.answer]);
+        let chosen = steps.item("multiple choice", index, 2 * items.len(), || {
+            let scores = scores(decoder, adapter, exits, voters, question)?;
+            let of_place = |place: usize| {
+                let summed = scores.iter().map(|option| option[place]);
+                let per_character = scores.iter().zip(&question.options).map(|(s, o)| s[place] / o.characters as f64);
+                [likeliest(summed) as f64, likeliest(per_character) as f64]
+            };
+            Ok((0..exits.len() + voters.len()).flat_map(of_place).collect())
+        })?;
+        let is_right = |option: f64| option == question.answer as f64;
+        for (items, chosen) in items.iter_mut().zip(chosen.chunks(2)) {
+            items.push([is_right(chosen[0]), is_right(chosen[1])]);
         }
-        progress(Progress { done: index + 1, total: questions.len() });
+        steps.done(index + 1, questions.len());
     }
     let share = |items: &Vec<[bool; 2]>| {
         let share = |way: usize| items.iter().filter(|right| right[way]).count() as f64 / questions.len() as f64;

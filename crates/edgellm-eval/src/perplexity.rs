@@ -7,6 +7,7 @@ use edgellm_model::generate::to_vec;
 
 use crate::bootstrap::{Item, ratio};
 use crate::error::{EvalError, Result, finite};
+use crate::items::Steps;
 use crate::windows::{Progress, hidden, windows};
 
 /// Tokens whose logits are held at a time where the head is not packed.
@@ -42,16 +43,34 @@ pub fn perplexity(
     limit: Option<usize>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Perplexity> {
+    perplexity_in_steps(decoder, adapter, ids, context, limit, &mut Steps::new(progress))
+}
+
+/// As [`perplexity`], in steps that may be kept; an item is a window.
+///
+/// # Errors
+/// As [`perplexity`], or those of a file of items.
+pub fn perplexity_in_steps(
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    ids: &[u32],
+    context: usize,
+    limit: Option<usize>,
+    steps: &mut Steps<'_>,
+) -> Result<Perplexity> {
     let windows = windows(ids, context, limit)?;
     let half = context / 2;
     let mut items = [Vec::with_capacity(windows.len()), Vec::with_capacity(windows.len())];
     for (index, window) in windows.iter().enumerate() {
-        let normed = hidden(decoder, adapter, window)?;
-        let first = negative_log_likelihood(decoder, &normed, window, 0..half)?;
-        let second = negative_log_likelihood(decoder, &normed, window, half..context - 1)?;
-        items[0].push(Item { sum: first + second, weight: (context - 1) as f64 });
-        items[1].push(Item { sum: second, weight: (context - 1 - half) as f64 });
-        progress(Progress { done: index + 1, total: windows.len() });
+        let values = steps.item("perplexity", index, 2, || {
+            let normed = hidden(decoder, adapter, window)?;
+            let first = negative_log_likelihood(decoder, &normed, window, 0..half)?;
+            let second = negative_log_likelihood(decoder, &normed, window, half..context - 1)?;
+            Ok(vec![first + second, second])
+        })?;
+        items[0].push(Item { sum: values[0], weight: (context - 1) as f64 });
+        items[1].push(Item { sum: values[1], weight: (context - 1 - half) as f64 });
+        steps.done(index + 1, windows.len());
     }
     Ok(Perplexity {
         all_targets: finite("the perplexity", ratio(&items[0]).exp())?,
@@ -91,6 +110,21 @@ pub fn strided_perplexity(
     limit: Option<usize>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Strided> {
+    strided_perplexity_in_steps(decoder, adapter, ids, (context, stride), limit, &mut Steps::new(progress))
+}
+
+/// As [`strided_perplexity`], in steps that may be kept; an item is a window.
+///
+/// # Errors
+/// As [`strided_perplexity`], or those of a file of items.
+pub fn strided_perplexity_in_steps(
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    ids: &[u32],
+    (context, stride): (usize, usize),
+    limit: Option<usize>,
+    steps: &mut Steps<'_>,
+) -> Result<Strided> {
     if stride == 0 || stride > context {
         let expected = format!("1 to {context}, the tokens of a window");
         return Err(EvalError::Setting { what: "stride", expected, found: stride.to_string() });
@@ -109,11 +143,14 @@ pub fn strided_perplexity(
         let targets = first..window.len() - 1;
         scored = begin + window.len();
         if !targets.is_empty() {
-            let normed = hidden(decoder, adapter, window)?;
             let weight = targets.len() as f64;
-            items.push(Item { sum: negative_log_likelihood(decoder, &normed, window, targets)?, weight });
+            let values = steps.item("strided perplexity", index, 1, || {
+                let normed = hidden(decoder, adapter, window)?;
+                Ok(vec![negative_log_likelihood(decoder, &normed, window, targets)?])
+            })?;
+            items.push(Item { sum: values[0], weight });
         }
-        progress(Progress { done: index + 1, total: count });
+        steps.done(index + 1, count);
     }
     Ok(Strided {
         perplexity: finite("the perplexity", ratio(&items).exp())?,

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::failure::{Usage, usage};
 
 /// How examples are read.
-#[derive(Args)]
+#[derive(Args, Debug)]
 pub(crate) struct DataArgs {
     /// How records become prompts: chat, alpaca or text (default: text for texts, chat if the model has a template, else
     /// alpaca)

@@ -12,17 +12,18 @@ use edgellm::model::adapter::{Adapter, even_exits};
 use edgellm::model::chat::{ChatMessage, ChatTemplate};
 use edgellm::model::generate::{Flow, Generator};
 use edgellm::model::io::read_text;
-use edgellm::model::sample::{Sampler, SamplingConfig};
+use edgellm::model::sample::Sampler;
 use edgellm::model::tokenizer::Tokenizer;
 use edgellm::model::traits::Voter;
 use edgellm::session::LoadedModel;
 use serde_json::{Value, json};
 
-use super::failure::{Interrupted, Usage, usage};
+use super::failure::{Interrupted, Usage};
 use super::memory::{Room, streaming_json};
 use super::output::{print, seconds};
 use super::prompt::{encode_prompt, read_messages, render};
 use super::run_adapters::{self, AdapterArgs, Line, Votes};
+use super::sampling::SamplingArgs;
 use super::speculation::{Drafters, Faster};
 use super::{Context, check_output_file, interrupt, logits, vote};
 
@@ -81,33 +82,6 @@ pub(crate) struct Run {
     /// Write the logits of every position of the prompt
     #[arg(long, value_name = "OUT.safetensors", conflicts_with = "chat")]
     dump_logits: Option<PathBuf>,
-}
-
-/// How tokens are drawn.
-#[derive(Args)]
-struct SamplingArgs {
-    /// Temperature; 0 always takes the likeliest token
-    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0, value_name = "T")]
-    temp: f64,
-    /// Draw from the K likeliest tokens only; 0 for all
-    #[arg(long, default_value_t = 0, value_name = "K")]
-    top_k: usize,
-    /// Draw from the likeliest tokens that together reach this probability
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0, value_name = "P")]
-    top_p: f64,
-    /// Draw from tokens at least this many times as likely as the likeliest
-    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0, value_name = "P")]
-    min_p: f64,
-    /// Seed of the draws
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-}
-
-impl SamplingArgs {
-    fn sampler(&self) -> anyhow::Result<Sampler> {
-        let (temperature, top_k, top_p, min_p) = (self.temp, self.top_k, self.top_p, self.min_p);
-        Sampler::new(SamplingConfig { temperature, top_k, top_p, min_p, seed: self.seed }).map_err(usage)
-    }
 }
 
 /// One answer.

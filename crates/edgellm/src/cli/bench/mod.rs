@@ -9,7 +9,9 @@ mod report;
 mod stats;
 mod threads;
 
+pub(crate) use self::model::{ModelBench, Test};
 pub(crate) use self::process::cpu_ns;
+pub(crate) use self::report::Row;
 pub(crate) use self::stats::median;
 
 use std::collections::BTreeSet;
@@ -19,8 +21,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use self::kernels::KernelArgs;
-use self::model::{ModelBench, Test, TuneStep};
-use self::report::Row;
+use self::model::TuneStep;
 use super::failure::Usage;
 use super::memory::Room;
 use super::{Context, output, stop_if_requested};
@@ -139,7 +140,8 @@ impl Bench {
         let mut rows = Vec::new();
         for name in &self.model {
             stop_if_requested()?;
-            let bench = ModelBench::load(ctx, name, self.room(), self.repetitions)?;
+            let model = ctx.load(name, self.room())?;
+            let bench = ModelBench::new(ctx, name, &model, None, self.repetitions)?;
             for &test in tests {
                 rows.push(bench.run(test)?);
             }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use edgellm::eval::peak_rss_bytes;
 use edgellm::kernels::{active_isa, threads};
-use edgellm::model::adapter::{LoraConfig, Targets, even_exits};
+use edgellm::model::adapter::{Adapter, LoraConfig, Targets, even_exits};
 use edgellm::model::data::Example;
 use edgellm::model::files::ModelFiles;
 use edgellm::model::generate::{Flow, Generator};
@@ -17,7 +17,6 @@ use edgellm::tune::voters::voter;
 use edgellm::tune::{Keep, MICRO_TOKENS, Trainer, TuneConfig};
 
 use super::super::failure::{Usage, usage};
-use super::super::memory::Room;
 use super::super::progress::Counted;
 use super::super::{Context, stop_if_requested};
 use super::process::{cpu_ns, reset_peak_rss};
@@ -101,15 +100,21 @@ impl Samples {
 /// A loaded model with what its rows have in common.
 pub(crate) struct ModelBench<'a> {
     ctx: &'a Context,
-    model: LoadedModel,
+    model: &'a LoadedModel,
+    adapter: Option<&'a Adapter>,
     common: Row,
     repetitions: usize,
 }
 
 impl<'a> ModelBench<'a> {
-    /// Loads the model that `name` names.
-    pub(crate) fn load(ctx: &'a Context, name: &str, room: Room, repetitions: usize) -> anyhow::Result<Self> {
-        let model = ctx.load(name, room)?;
+    /// Measures `model`, which `name` names; prompts and generation with `adapter`, if any.
+    pub(crate) fn new(
+        ctx: &'a Context,
+        name: &str,
+        model: &'a LoadedModel,
+        adapter: Option<&'a Adapter>,
+        repetitions: usize,
+    ) -> anyhow::Result<Self> {
         let size = Size::of(&model.files)?;
         let common = Row {
             build_version: env!("CARGO_PKG_VERSION").into(),
@@ -141,7 +146,7 @@ impl<'a> ModelBench<'a> {
             streamed_bytes: None,
             streamed_gbps: None,
         };
-        Ok(Self { ctx, model, common, repetitions })
+        Ok(Self { ctx, model, adapter, common, repetitions })
     }
 
     /// Runs a test.
@@ -200,7 +205,7 @@ impl<'a> ModelBench<'a> {
     }
 
     fn generator(&self) -> anyhow::Result<Generator<'_>> {
-        Ok(Generator::new(&self.model.decoder, None, voter("last")?, &[self.model.decoder.n_blocks()])?)
+        Ok(Generator::new(&self.model.decoder, self.adapter, voter("last")?, &[self.model.decoder.n_blocks()])?)
     }
 
     fn tokens(&self, random: &mut Random, n: usize) -> Vec<u32> {

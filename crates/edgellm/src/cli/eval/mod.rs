@@ -4,38 +4,39 @@
 mod answers;
 #[cfg(feature = "results")]
 mod compare;
+mod measures;
 mod report;
+mod settings;
+mod speed;
 #[cfg(feature = "results")]
 pub(crate) mod sweep;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use edgellm::eval::{
-    Divergence, HeldOut, Item, MultipleChoice, Perplexity, Progress, QuestionFile, Reliability, Scoring, Strided,
-    heldout_loss, kl_divergence, multiple_choice, perplexity, read_questions, reliability, strided_perplexity,
+    Divergence, HeldOut, Item, ItemLog, MultipleChoice, Perplexity, Progress, Reliability, Steps, Strided,
+    peak_rss_bytes,
 };
 use edgellm::model::adapter::Adapter;
 use edgellm::model::data::DataReport;
-use edgellm::model::io::read_text;
-use edgellm::model::traits::Voter;
 use edgellm::session::LoadedModel;
 
 use super::data::DataArgs;
-use super::failure::Usage;
+use super::failure::{Interrupted, Usage};
 use super::memory::Room;
 use super::progress::Counted;
-use super::run::exits;
 use super::run_adapters::load_adapter;
-use super::{Context, interrupt, vote};
+use super::sampling::SamplingArgs;
+use super::{Context, check_output_file, interrupt, vote};
 
 /// What there is to measure; one of them is needed.
 #[cfg(feature = "results")]
-const WHAT: [&str; 4] = ["data", "multiple_choice", "answers", "sweep"];
+const WHAT: [&str; 5] = ["data", "multiple_choice", "answers", "speed", "sweep"];
 #[cfg(not(feature = "results"))]
-const WHAT: [&str; 3] = ["data", "multiple_choice", "answers"];
+const WHAT: [&str; 4] = ["data", "multiple_choice", "answers", "speed"];
 
 /// What to do with results.
 #[cfg(feature = "results")]
@@ -101,12 +102,21 @@ pub(crate) struct Eval {
     /// Tokens of an answer at most
     #[arg(long, default_value_t = 128, value_name = "N", requires = "answers")]
     max_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// Questions and tasks at most (default: all)
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
     /// Measure how far confidence is from being right, of each exit and vote, on the examples
     #[arg(long, requires = "data")]
     calibration: bool,
+    /// Measure what the model takes on this device: time to the first token, rates, memory, and energy where it is told
+    #[arg(long)]
+    speed: bool,
+    /// Keep every finished item (a window, a batch of examples, a question, an answer) in this file at once, and do not
+    /// repeat those that it has; it belongs to one model, its data and settings
+    #[arg(long, value_name = "FILE.jsonl")]
+    resume: Option<PathBuf>,
     /// With --json: also the items that every figure comes from, which comparisons need
     #[arg(long)]
     items: bool,
@@ -139,8 +149,31 @@ struct Results {
     reliability: Option<Vec<Reliability>>,
     generated: Vec<answers::Generated>,
     answers: BTreeMap<String, Vec<Item>>,
+    speed: Option<speed::Speed>,
     load_seconds: f64,
+    peak_rss_bytes: Option<u64>,
     seconds: f64,
+}
+
+/// What is measured, and where finished items are kept.
+struct Setup<'a> {
+    ctx: &'a Context,
+    model: &'a LoadedModel,
+    adapter: Option<&'a Adapter>,
+    log: Option<&'a mut ItemLog>,
+}
+
+impl Setup<'_> {
+    /// Runs an evaluation with progress; a signal stops it between two steps.
+    fn steps<T>(&mut self, what: &str, work: impl FnOnce(&mut Steps<'_>) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let log = self.log.as_deref_mut();
+        let kept = log.is_some();
+        let result = with_progress(self.ctx, what, |on_step| work(&mut Steps::kept(log, on_step)));
+        result.map_err(|error| match error.is::<Interrupted>() && kept {
+            true => Interrupted("stopped by a signal; finished items are kept".into()).into(),
+            false => error,
+        })
+    }
 }
 
 impl Eval {
@@ -172,8 +205,11 @@ impl Eval {
         if self.answers.is_some() && self.max_tokens == 0 {
             return Err(Usage("--max-tokens: expected at least 1, found 0".into()).into());
         }
+        if let Some(path) = &self.resume {
+            check_output_file(path)?;
+        }
         let load = Instant::now();
-        let model = ctx.load(&self.model, Room::PASSES)?;
+        let model = ctx.load(&self.model, self.room())?;
         let load_seconds = load.elapsed().as_secs_f64();
         let most = model.decoder.config().max_position_embeddings;
         if self.text.is_some() && self.context > most {
@@ -182,119 +218,36 @@ impl Eval {
             return Err(Usage(text).into());
         }
         let adapter = load_adapter(self.adapter.as_deref(), &model)?;
+        let mut log = self.items_file(ctx)?;
         let start = Instant::now();
         let mut results = Results { load_seconds, ..Results::default() };
-        if let Some(path) = &self.text {
-            self.on_text(ctx, &model, adapter.as_ref(), path, &mut results)?;
-        }
-        if let Some(path) = &self.data {
-            self.on_data(ctx, &model, adapter.as_ref(), path, &mut results)?;
-        }
-        if let Some(path) = &self.multiple_choice {
-            self.on_questions(ctx, &model, adapter.as_ref(), path, &mut results)?;
-        }
-        if let Some(path) = &self.answers {
-            let generation = answers::Generation {
-                path,
-                limit: self.limit.unwrap_or(usize::MAX),
-                max_tokens: self.max_tokens,
-                vote: &self.vote[0],
-                adapter_dir: self.adapter.as_deref(),
-            };
-            (results.generated, results.answers) = generation.run(ctx, &model, adapter.as_ref())?;
+        let setup = &mut Setup { ctx, model: &model, adapter: adapter.as_ref(), log: log.as_mut() };
+        self.measure(setup, &mut results)?;
+        results.peak_rss_bytes = peak_rss_bytes();
+        if self.speed {
+            // Starts the peak of the memory anew.
+            let found = speed::measure(ctx, &self.model, &model, adapter.as_ref())?;
+            results.peak_rss_bytes = results.peak_rss_bytes.max(found.peak_rss_bytes());
+            results.speed = Some(found);
         }
         results.seconds = start.elapsed().as_secs_f64();
         ctx.result(report::json(self, ctx, &model, &results), || report::text(self, &model, &results))
     }
 
-    fn on_text(
-        &self,
-        ctx: &Context,
-        model: &LoadedModel,
-        adapter: Option<&Adapter>,
-        path: &Path,
-        results: &mut Results,
-    ) -> anyhow::Result<()> {
-        let ids = model.tokenizer.encode(&read_text(path)?, false)?;
-        let (context, limit) = (self.context, self.windows);
-        results.perplexity = Some(with_progress(ctx, "perplexity", |on_step| {
-            Ok(perplexity(&model.decoder, adapter, &ids, context, limit, on_step)?)
-        })?);
-        if let Some(stride) = self.stride {
-            results.strided = Some(with_progress(ctx, "strided perplexity", |on_step| {
-                Ok(strided_perplexity(&model.decoder, adapter, &ids, (context, stride), limit, on_step)?)
-            })?);
+    /// The file of `--resume`.
+    fn items_file(&self, ctx: &Context) -> anyhow::Result<Option<ItemLog>> {
+        let Some(path) = &self.resume else { return Ok(None) };
+        let log = ItemLog::open(path, &settings::settings(self, ctx)?)?;
+        if !log.is_empty() {
+            ctx.say(&format!("{}: {} items were finished before", path.display(), log.len()));
         }
-        if let Some(name) = &self.base {
-            let base = ctx.load_reference(name)?;
-            if base.tokenizer.encode(&read_text(path)?, false)? != ids {
-                anyhow::bail!("the base model '{name}' cuts the text into other tokens than '{}'", self.model);
-            }
-            results.divergence = Some(with_progress(ctx, "KL divergence", |on_step| {
-                Ok(kl_divergence(&base.decoder, &model.decoder, adapter, &ids, context, limit, on_step)?)
-            })?);
-        }
-        Ok(())
+        Ok(Some(log))
     }
 
-    fn on_data(
-        &self,
-        ctx: &Context,
-        model: &LoadedModel,
-        adapter: Option<&Adapter>,
-        path: &Path,
-        results: &mut Results,
-    ) -> anyhow::Result<()> {
-        let data = self.format.read(model, path)?;
-        let exits = exits(adapter, model.decoder.n_blocks())?;
-        let voters = self.voters(&exits)?;
-        let voters: Vec<&dyn Voter> = voters.iter().map(AsRef::as_ref).collect();
-        results.heldout = Some(with_progress(ctx, "held-out loss", |on_step| {
-            Ok(heldout_loss(&model.decoder, adapter, &exits, &voters, &data.examples, on_step)?)
-        })?);
-        if self.calibration {
-            results.reliability = Some(with_progress(ctx, "calibration", |on_step| {
-                Ok(reliability(&model.decoder, adapter, &exits, &voters, &data.examples, on_step)?)
-            })?);
-        }
-        results.data = Some(data.report);
-        Ok(())
-    }
-
-    fn on_questions(
-        &self,
-        ctx: &Context,
-        model: &LoadedModel,
-        adapter: Option<&Adapter>,
-        path: &Path,
-        results: &mut Results,
-    ) -> anyhow::Result<()> {
-        let scoring = match self.scoring {
-            ScoringArg::Letter => Scoring::Letter,
-            ScoringArg::Answer => Scoring::Answer,
-        };
-        let limit = self.limit.unwrap_or(usize::MAX);
-        let file = QuestionFile { path, limit, scoring, shots: self.shots, shots_path: self.shots_file.as_deref() };
-        let questions = read_questions(&file, &model.tokenizer)?;
-        let exits = exits(adapter, model.decoder.n_blocks())?;
-        let voters = self.voters(&exits)?;
-        let voters: Vec<&dyn Voter> = voters.iter().map(AsRef::as_ref).collect();
-        let found = with_progress(ctx, "multiple choice", |on_step| {
-            Ok(multiple_choice(&model.decoder, adapter, &exits, &voters, &questions, on_step)?)
-        })?;
-        for (question, right) in questions.iter().zip(&found.items[exits.len()]) {
-            let Some(subject) = &question.subject else { continue };
-            let counts = results.by_subject.entry(subject.clone()).or_default();
-            counts[0] += 1;
-            counts[1] += usize::from(right[0]);
-        }
-        results.choice = Some(found);
-        Ok(())
-    }
-
-    /// The votes that were asked for.
-    fn voters(&self, exits: &[usize]) -> anyhow::Result<Vec<Box<dyn Voter>>> {
-        self.vote.iter().map(|name| vote::named(name, self.adapter.as_deref(), exits)).collect()
+    fn room(&self) -> Room {
+        let generated = if self.answers.is_some() { self.max_tokens } else { 0 };
+        let cache_tokens = if self.speed || generated > 0 { Room::PASSES.pass_tokens.max(generated) } else { 0 };
+        Room { cache_tokens, ..Room::PASSES }
     }
 }
 

@@ -1,11 +1,11 @@
 //! What an evaluation found, as JSON and as text.
 
-use edgellm::eval::{Measured, peak_rss_bytes};
+use edgellm::eval::Measured;
 use edgellm::kernels::active_isa;
 use edgellm::session::LoadedModel;
 use serde_json::{Value, json};
 
-use super::{Eval, Results};
+use super::{Eval, Results, speed};
 use crate::cli::output::{bytes, seconds, table};
 use crate::cli::{Context, vote};
 
@@ -32,18 +32,34 @@ pub(super) fn measured(eval: &Eval, model: &LoadedModel, results: &Results) -> M
         all.add(name, items.clone(), "share", Higher);
     }
     if let Some(found) = &results.reliability {
-        let voted = found.len() - eval.vote.len();
-        for (name, found) in eval.vote.iter().zip(&found[voted..]) {
-            all.add_exact(&format!("calibration_error_{name}"), found.error(), "share", Lower);
+        for (name, found) in reliability_names(eval, results).iter().zip(found) {
+            all.add_calibration(&format!("calibration_error_{}", name.replace(' ', "_")), found);
         }
-        all.add_exact("calibration_error", found[voted].error(), "share", Lower);
+        all.add_calibration("calibration_error", &found[found.len() - eval.vote.len()]);
     }
     all.add_exact("model_bytes", model.files.file_bytes() as f64, "bytes", Lower);
     all.add_exact("load_seconds", results.load_seconds, "s", Lower);
-    if let Some(peak) = peak_rss_bytes() {
+    if let Some(found) = &results.speed {
+        found.add_to(&mut all);
+    }
+    if let Some(peak) = results.peak_rss_bytes {
         all.add_exact("peak_rss_bytes", peak as f64, "bytes of memory", Lower);
     }
     all
+}
+
+/// Names of what [`Results::reliability`] is of: `exit N`, then the votes.
+fn reliability_names(eval: &Eval, results: &Results) -> Vec<String> {
+    let exits = results.heldout.iter().flat_map(|h| &h.by_exit).map(|exit| format!("exit {}", exit.exit));
+    exits.chain(eval.vote.iter().cloned()).collect()
+}
+
+/// Expected calibration errors with the bins that they come from.
+fn reliability(eval: &Eval, results: &Results) -> Option<Value> {
+    let found = results.reliability.as_ref()?;
+    let names = reliability_names(eval, results);
+    let named = names.iter().zip(found);
+    Some(named.map(|(name, f)| json!({"of": name, "error": f.error(), "bins": f.bins})).collect())
 }
 
 /// Where the figures come from.
@@ -78,13 +94,14 @@ pub(super) fn json(eval: &Eval, ctx: &Context, model: &LoadedModel, results: &Re
             "votes": vote::by_name(&eval.vote, &c.votes),
             "by_subject": results.by_subject,
         })),
-        "reliability": results.reliability,
+        "reliability": reliability(eval, results),
+        "speed": results.speed.as_ref().map(speed::Speed::json),
         "generated": results.generated,
         "examples": results.heldout.as_ref().map(|h| h.examples),
         "data": results.data,
         "tokens": text_tokens.unwrap_or(0) + data_tokens.unwrap_or(0),
         "seconds": results.seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": results.peak_rss_bytes,
         "model_bytes": model.files.file_bytes(),
         "figures": measured.figures,
         "environment": environment(ctx),
@@ -125,8 +142,9 @@ pub(super) fn text(eval: &Eval, model: &LoadedModel, results: &Results) -> Strin
         row(&format!("held-out loss, vote {name}"), format!("{loss:.4}"), &figure);
     }
     if let Some(found) = &results.reliability {
-        for (name, found) in eval.vote.iter().zip(&found[found.len() - eval.vote.len()..]) {
-            row(&format!("calibration error, vote {name}"), format!("{:.4}", found.error()), "");
+        for (name, found) in reliability_names(eval, results).iter().zip(found) {
+            let figure = format!("calibration_error_{}", name.replace(' ', "_"));
+            row(&format!("calibration error, {name}"), format!("{:.4}", found.error()), &figure);
         }
     }
     if let Some(c) = &results.choice {
@@ -143,7 +161,11 @@ pub(super) fn text(eval: &Eval, model: &LoadedModel, results: &Results) -> Strin
         row(&name.replace('_', " "), format!("{:.4} of {}", edgellm::eval::ratio(items), items.len()), name);
     }
     row("model", bytes(model.files.file_bytes()), "");
-    if let Some(peak) = peak_rss_bytes() {
+    for [name, value] in results.speed.iter().flat_map(speed::Speed::rows) {
+        row(&name, value, "");
+    }
+    row("loaded in", seconds(results.load_seconds), "");
+    if let Some(peak) = results.peak_rss_bytes {
         row("peak memory", bytes(peak), "");
     }
     row("time", seconds(results.seconds), "");

@@ -8,12 +8,13 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use clap::Args;
 use edgellm::eval::store::Store;
 use edgellm::eval::sweep::{Argument, Expanded, Stage, StageKind, Template, expand};
-use edgellm::eval::{Baseline, Better, EvalError, Figures, Item, Layer, Measured, RECORD_VERSION, Record, case_name};
+use edgellm::eval::{Baseline, EvalError, Figures, Item, Layer, RECORD_VERSION, Record, case_name};
 use edgellm::model::io::{atomic_write, read_text};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::report::environment;
+use super::speed;
+use crate::cli::digest::contents;
 use crate::cli::failure::Usage;
 use crate::cli::output::{seconds, table};
 use crate::cli::progress::Counted;
@@ -253,7 +254,7 @@ impl Sweep<'_> {
         let stage = &self.expanded.stages[stage];
         let (figures, items) = match stage.kind {
             StageKind::Bench => {
-                let found = bench_figures(result);
+                let found = speed::figures(result);
                 (found.figures, found.items)
             }
             _ => (
@@ -325,34 +326,6 @@ fn layer(unit: &Value) -> Layer {
     }
 }
 
-/// Figures of `bench --json`: rates with the intervals of their repetitions.
-fn bench_figures(result: &Value) -> Measured {
-    let mut measured = Measured::default();
-    for row in result["tests"].as_array().into_iter().flatten() {
-        let count = |name: &str| row[name].as_u64().unwrap_or(0);
-        let name = match (count("n_prompt"), count("n_gen")) {
-            (0, 0) => "tune_rate",
-            (_, 0) => "prefill_rate",
-            _ => "decode_rate",
-        };
-        let rates = row["samples_ts"].as_array().into_iter().flatten().filter_map(Value::as_f64);
-        measured.add(name, rates.map(|sum| Item { sum, weight: 1.0 }).collect(), "tokens/s", Better::Higher);
-        if let Some(ns) = row["ttft_ns"].as_f64() {
-            measured.add_exact("first_token_seconds", ns * 1e-9, "s", Better::Lower);
-        }
-        if let Some(peak) = row["peak_rss_bytes"].as_f64() {
-            let known = measured.figures.get("peak_rss_bytes").map_or(0.0, |figure| figure.value);
-            measured.add_exact("peak_rss_bytes", peak.max(known), "bytes of memory", Better::Lower);
-        }
-        if let Some(size) = row["model_size"].as_f64() {
-            measured.add_exact("weights_bytes", size, "bytes", Better::Lower);
-        }
-    }
-    // What comes from rates that were drawn together is not a sample that two runs share.
-    measured.items.clear();
-    measured
-}
-
 /// A stage as a person would type it.
 fn shown(stage: &Stage) -> String {
     let words = stage.arguments.iter().map(|argument| match argument {
@@ -380,44 +353,6 @@ fn digest(
         .map_err(|(path, error)| EvalError::Model(edgellm::model::ModelError::io(&path, error)))?;
     known.insert(name.to_owned(), found.clone());
     Ok(found)
-}
-
-/// A digest of a file, or of a folder's files by name.
-fn contents(path: &Path) -> Result<String, (PathBuf, std::io::Error)> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |error| (path, error)
-    };
-    let mut hash = Sha256::new();
-    let mut files = vec![path.to_owned()];
-    if path.is_dir() {
-        files = std::fs::read_dir(path)
-            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, _>>())
-            .map_err(failed(path))?;
-        files.retain(|file| file.is_file());
-        files.sort();
-    }
-    for file in files {
-        if path.is_dir() {
-            hash.update(file.file_name().unwrap_or_default().as_encoded_bytes());
-        }
-        let mut reader = std::fs::File::open(&file).map_err(failed(&file))?;
-        std::io::copy(&mut reader, &mut HashWriter(&mut hash)).map_err(failed(&file))?;
-    }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-struct HashWriter<'a>(&'a mut Sha256);
-
-impl std::io::Write for HashWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 fn read_baseline(path: &Path) -> anyhow::Result<Baseline> {
