@@ -110,6 +110,8 @@ impl Batch<'_> {
         voters: &[&dyn Voter],
         sums: &mut Sums,
     ) -> Result<()> {
+        let tokens = self.examples.len() * self.tokens;
+        let _span = tracing::debug_span!("evaluate", tokens).entered();
         let rows: Vec<Vec<u32>> = self.examples.iter().map(|e| self.padded(e)).collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let (positions, next) = self.response();
