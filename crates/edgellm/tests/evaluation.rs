@@ -98,11 +98,7 @@ fn a_run_that_was_cut_goes_on_and_finds_the_same() {
         assert_eq!(std::fs::read(bench.path("items.jsonl")).unwrap(), items, "cut at {cut}");
     }
     // Nothing is computed again: an item that says something else is believed.
-    let changed = String::from_utf8(items.clone()).unwrap().replacen(
-        "\"values\":[\"",
-        "\"values\":[\"1",
-        1,
-    );
+    let changed = String::from_utf8(items.clone()).unwrap().replacen("\"values\":[\"", "\"values\":[\"1", 1);
     std::fs::write(bench.path("items.jsonl"), changed).unwrap();
     assert_ne!(bench.json(&line)["perplexity"], whole["perplexity"]);
     std::fs::write(bench.path("items.jsonl"), &items).unwrap();
