@@ -12,6 +12,9 @@ pub enum EvalError {
     /// The model refused.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A chart has nothing to show, or its library refused.
+    #[error("the chart could not be drawn: {0}")]
+    Chart(String),
     /// There is not enough to evaluate on.
     #[error("{what}: expected at least {needed}, found {found}")]
     TooLittle {

@@ -148,6 +148,8 @@ impl Batch<'_> {
         adapter: Option<&Adapter>,
         exits: &[usize],
     ) -> Result<(Vec<Tensor<2>>, Vec<i32>)> {
+        let tokens = self.examples.len() * self.tokens;
+        let _span = tracing::debug_span!("evaluate", tokens).entered();
         let rows: Vec<Vec<u32>> = self.examples.iter().map(|e| self.padded(e)).collect();
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         let (positions, next) = self.response();

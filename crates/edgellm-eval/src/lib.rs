@@ -19,6 +19,7 @@
 mod answers;
 mod bootstrap;
 mod calibration;
+pub mod chart;
 mod compare;
 mod divergence;
 mod energy;
@@ -30,6 +31,8 @@ mod metrics;
 mod multiple_choice;
 mod perplexity;
 mod questions;
+mod recommendations;
+pub mod report;
 #[cfg(feature = "store")]
 pub mod store;
 pub mod sweep;
@@ -54,4 +57,5 @@ pub use perplexity::{
     Perplexity, Strided, perplexity, perplexity_in_steps, strided_perplexity, strided_perplexity_in_steps,
 };
 pub use questions::{QuestionFile, Scoring, read_questions};
+pub use recommendations::recommendations;
 pub use windows::Progress;

@@ -197,6 +197,7 @@ fn states(
     ids: &[u32],
     cache: &mut KvCache,
 ) -> Result<Vec<Tensor<2>>> {
+    let _span = tracing::debug_span!("evaluate", tokens = ids.len()).entered();
     let mut x = decoder.embed(&[ids])?;
     let mut start = 0;
     let mut normed = Vec::with_capacity(exits.len());

@@ -39,6 +39,7 @@ pub(crate) fn windows(ids: &[u32], context: usize, limit: Option<usize>) -> Resu
 
 /// The normalized final hidden states of a window, `[tokens, d]`.
 pub(crate) fn hidden(decoder: &Decoder, adapter: Option<&Adapter>, ids: &[u32]) -> Result<Tensor<2>> {
+    let _span = tracing::debug_span!("evaluate", tokens = ids.len()).entered();
     let x = decoder.embed(&[ids])?;
     let x = decoder.run_blocks(x, 0..decoder.n_blocks(), adapter, None)?;
     let flat = x.reshape([ids.len(), decoder.config().hidden_size]);

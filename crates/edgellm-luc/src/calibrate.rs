@@ -138,6 +138,7 @@ impl States {
         index: usize,
         sites: &[Site],
     ) -> Result<(Self, Vec<InputGram>)> {
+        let _span = tracing::debug_span!("calibrate", index).entered();
         let sums: RefCell<Vec<Option<Tensor<2>>>> = RefCell::new(vec![None; sites.len()]);
         let mut batches = Vec::with_capacity(self.batches.len());
         for x in &self.batches {

@@ -220,6 +220,7 @@ impl Run<'_> {
         gram: &dyn Fn(Projection) -> Option<&'g InputGram>,
         (inputs, outputs): (&States, &States),
     ) -> Result<()> {
+        let _span = tracing::debug_span!("measure_unit", %unit).entered();
         let decoder = self.decoder;
         let weight = TokenWeights::of(&outputs.flat())?;
         let (mut local, mut kl) = (Vec::new(), Vec::new());

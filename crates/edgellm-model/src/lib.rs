@@ -22,6 +22,7 @@ pub mod rope;
 pub mod safetensors;
 pub mod sample;
 pub mod save;
+pub mod spans;
 pub mod synth;
 #[doc(hidden)]
 pub mod testing;

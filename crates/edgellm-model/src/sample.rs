@@ -63,6 +63,7 @@ impl Sampler {
     /// # Panics
     /// If there is no token.
     pub fn sample(&mut self, log_probs: &[f32]) -> u32 {
+        let _span = tracing::trace_span!("sample").entered();
         assert!(!log_probs.is_empty(), "sampling from an empty vocabulary");
         if self.config.temperature == 0.0 {
             return argmax(log_probs) as u32;

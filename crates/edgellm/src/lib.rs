@@ -4,7 +4,7 @@
 //! [`kernels`] (packed formats and operators), [`model`] (files and the decoder), [`luc`] (sensitivities, policies,
 //! compression), [`tune`] (adaptive layer tuning, voting), [`sched`] (device profiles, costs) and [`eval`] (perplexity,
 //! KL, held-out loss). What is added: [`device`] chooses a device by name, [`session`] loads a model whole, [`store`]
-//! finds models by name and [`pull`] fetches them.
+//! finds models by name, [`pull`] fetches them, and [`telemetry`] tells what layers and operators take.
 //!
 //! ```
 //! use edgellm::device::DeviceChoice;
@@ -55,6 +55,7 @@ pub mod recommend;
 pub mod schedule;
 pub mod session;
 pub mod store;
+pub mod telemetry;
 
 pub use edgellm_eval as eval;
 pub use edgellm_kernels as kernels;

@@ -131,6 +131,7 @@ pub fn load_model_within(path: &Path, options: &LoadOptions, memory: Memory) -> 
 }
 
 fn load(path: &Path, options: &LoadOptions, memory: Option<Memory>) -> Result<LoadedModel, EdgeError> {
+    let _span = tracing::debug_span!("load").entered();
     let files = ModelFiles::open(path)?;
     let tokenizer = files.tokenizer()?;
     let chat_template = files.chat_template()?;

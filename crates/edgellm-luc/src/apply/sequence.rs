@@ -61,6 +61,7 @@ impl<'a> Sequence<'a> {
     pub(super) fn block(&mut self) -> Result<Vec<PackedHost>> {
         let index = self.next;
         self.next += 1;
+        let _span = tracing::debug_span!("compress_block", index).entered();
         let (decoder, device) = (self.decoder, self.decoder.device());
         let mut block = DenseBlock::new(&decoder.store().block(index)?, device)?;
         let mut packed: [Option<PackedHost>; 7] = Default::default();

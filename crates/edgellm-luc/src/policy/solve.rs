@@ -54,6 +54,7 @@ impl Solve<'_> {
     /// # Errors
     /// No budget, or one that cannot be met; the message says what the least is.
     pub fn solution(&self, measurement: &Measurement, budget: &Budget) -> Result<Solution, ModelError> {
+        let _span = tracing::debug_span!("plan").entered();
         check(measurement)?;
         let costs = Costs::new(measurement, budget, self.device)?;
         if !costs.is_limited() {

@@ -172,10 +172,14 @@ impl Block {
         let eps = ctx.config.rms_norm_eps;
         let [batch, tokens, d] = x.dims();
         let residual = x.reshape([batch * tokens, d]);
-        let normed = rms_norm(residual.clone(), self.attn_norm.clone(), eps);
+        let norm = |x: &Tensor<2>, weight: &Tensor<1>| {
+            let _span = tracing::trace_span!("norm").entered();
+            rms_norm(x.clone(), weight.clone(), eps)
+        };
+        let normed = norm(&residual, &self.attn_norm);
         let attended = self.attend(normed, [batch, tokens], ctx, lora, cache);
         let hidden = residual.add(attended);
-        let normed = rms_norm(hidden.clone(), self.mlp_norm.clone(), eps);
+        let normed = norm(&hidden, &self.mlp_norm);
         hidden.add(self.feed_forward(normed, ctx, lora)).reshape([batch, tokens, d])
     }
 
@@ -202,9 +206,12 @@ impl Block {
     ) -> Tensor<2> {
         let config = ctx.config;
         let split = |y: Tensor<2>, heads: usize| y.reshape([batch, tokens, heads, config.head_dim]).swap_dims(1, 2);
+        let span = tracing::trace_span!("qkv").entered();
         let mut q = split(self.project(Projection::Q, x.clone(), ctx, lora), config.n_heads);
         let mut k = split(self.project(Projection::K, x.clone(), ctx, lora), config.n_kv_heads);
         let v = split(self.project(Projection::V, x, ctx, lora), config.n_kv_heads);
+        drop(span);
+        let span = tracing::trace_span!("attention").entered();
         if let Some(norm) = &self.q_norm {
             q = rms_norm(q, norm.clone(), config.rms_norm_eps);
         }
@@ -222,12 +229,17 @@ impl Block {
         let params = AttentionParams { scale: config.attention_scale(), offset, window: config.window_of(ctx.index) };
         let out = attention(q, k, v, params);
         let merged = out.swap_dims(1, 2).reshape([batch * tokens, config.n_heads * config.head_dim]);
+        drop(span);
+        let _span = tracing::trace_span!("o").entered();
         self.project(Projection::O, merged, ctx, lora)
     }
 
     fn feed_forward(&self, x: Tensor<2>, ctx: BlockContext<'_>, lora: Option<&BlockLora>) -> Tensor<2> {
+        let span = tracing::trace_span!("gate_up").entered();
         let gate = self.project(Projection::Gate, x.clone(), ctx, lora);
         let up = self.project(Projection::Up, x, ctx, lora);
+        drop(span);
+        let _span = tracing::trace_span!("down").entered();
         self.project(Projection::Down, swiglu(gate, up), ctx, lora)
     }
 }

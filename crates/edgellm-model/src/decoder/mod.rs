@@ -4,6 +4,7 @@
 //! of them; every exit shares the language-model head behind its own norm. Low-rank adapters lie beside the base and
 //! are handed in with each call, so that one base serves several adapters.
 
+mod activations;
 mod block;
 mod cache;
 mod load;
@@ -11,11 +12,14 @@ mod pool;
 mod rope;
 mod slices;
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use edgellm_kernels::{cross_entropy_head, decoder_block, decoder_block_uncached, packed_embedding, rms_norm};
+use edgellm_kernels::{
+    BlockView, PackedLayout, cross_entropy_head, decoder_block, decoder_block_uncached, packed_embedding, rms_norm,
+};
 
 pub use edgellm_kernels::{
     BlockGradients, BlockScratch, BlockTape, CacheType, Dropout, HEAD_CHUNK, HeadLoss, LoraGradient,
@@ -26,6 +30,7 @@ pub use self::cache::KvCache;
 pub use self::load::{Activations, BlockVectors, LoadOptions, Loader, ResidentStore};
 pub use self::slices::SlicePass;
 
+use self::activations::activation_range;
 use self::block::BlockContext;
 use self::rope::RopeTable;
 use crate::ModelError;
@@ -62,6 +67,15 @@ impl Hidden {
         match self {
             Hidden::Host(values, _) => Ok(values),
             Hidden::Tensor(_) => unreachable!("replaced above"),
+        }
+    }
+
+    /// The values, unless they are tracked by autodiff or the device does not hand them over.
+    fn values(&self) -> Option<Cow<'_, [f32]>> {
+        match self {
+            Hidden::Host(values, _) => Some(Cow::Borrowed(values)),
+            Hidden::Tensor(tensor) if tensor.device().is_autodiff() => None,
+            Hidden::Tensor(tensor) => to_vec(tensor.clone()).ok().map(Cow::Owned),
         }
     }
 
@@ -206,6 +220,7 @@ impl Decoder {
     /// # Errors
     /// No tokens, rows of different lengths, or an id outside the vocabulary.
     pub fn embed(&self, ids: &[&[u32]]) -> Result<Tensor<3>, ModelError> {
+        let _span = tracing::trace_span!("embed").entered();
         let tokens = ids.first().map_or(0, |row| row.len());
         if tokens == 0 || ids.iter().any(|row| row.len() != tokens) {
             return Err(ModelError::Value {
@@ -259,30 +274,53 @@ impl Decoder {
         let mut scratch = BlockScratch::default();
         let mut hidden = Hidden::Tensor(x);
         for index in range {
-            let _span = tracing::trace_span!("block", index).entered();
+            let span = tracing::debug_span!("block", index, bytes = self.block_bytes(index)).entered();
             let block = self.store.block(index)?;
             let ctx = self.context(index, &slice);
             let lora = adapter.and_then(|a| a.block(index));
-            let (heads, dim) = (self.config.n_kv_heads, self.config.head_dim);
-            if plain && let Some(view) = block.view(ctx, lora) {
-                match cache.as_mut() {
-                    None => {
-                        decoder_block_uncached(hidden.host()?, &lengths, &view, &mut scratch);
-                        continue;
-                    }
-                    Some(cache) if batch == 1 => {
-                        if let Some((cache, scratch)) = cache.host_layer(index, heads, dim) {
-                            decoder_block(hidden.host()?, &lengths, &view, std::slice::from_mut(cache), scratch);
-                            continue;
-                        }
-                    }
-                    Some(_) => {}
+            let on_slices = match block.view(ctx, lora).filter(|_| plain) {
+                Some(view) => {
+                    self.on_slices(&view, index, &mut hidden, &lengths, cache.as_deref_mut(), &mut scratch)?
                 }
+                None => false,
+            };
+            if !on_slices {
+                let layer_cache = cache.as_mut().map(|c| c.layer_mut(index));
+                hidden = Hidden::Tensor(block.forward(hidden.into_tensor(&self.device), ctx, lora, layer_cache));
             }
-            let layer_cache = cache.as_mut().map(|c| c.layer_mut(index));
-            hidden = Hidden::Tensor(block.forward(hidden.into_tensor(&self.device), ctx, lora, layer_cache));
+            drop(span);
+            activation_range(index, || hidden.values());
         }
         Ok(hidden.into_tensor(&self.device))
+    }
+
+    /// Runs a block on slices, in place, if its cache is there or none is needed; returns whether it did.
+    fn on_slices(
+        &self,
+        view: &BlockView<'_>,
+        index: usize,
+        hidden: &mut Hidden,
+        lengths: &[usize],
+        cache: Option<&mut KvCache>,
+        scratch: &mut BlockScratch,
+    ) -> Result<bool, ModelError> {
+        let Some(cache) = cache else {
+            decoder_block_uncached(hidden.host()?, lengths, view, scratch);
+            return Ok(true);
+        };
+        if lengths.len() != 1 {
+            return Ok(false);
+        }
+        let Some((cache, scratch)) = cache.host_layer(index, self.config.n_kv_heads, self.config.head_dim) else {
+            return Ok(false);
+        };
+        decoder_block(hidden.host()?, lengths, view, std::slice::from_mut(cache), scratch);
+        Ok(true)
+    }
+
+    /// Bytes of a block's packed matrices: what running it reads.
+    fn block_bytes(&self, index: usize) -> u64 {
+        self.store.layouts(index).map_or(0, |layouts| layouts.iter().map(PackedLayout::bytes).sum())
     }
 
     /// Runs `block` in the place of block `index` on the hidden state `x`, `[batch, tokens, d]`, from position 0.
@@ -307,6 +345,7 @@ impl Decoder {
     ///
     /// An adapter may bring a norm of its own for that exit; otherwise it is the final norm.
     pub fn exit_norm(&self, x: Tensor<2>, exit: usize, adapter: Option<&Adapter>) -> Tensor<2> {
+        let _span = tracing::trace_span!("norm").entered();
         let weight = adapter.and_then(|a| a.exit_norm(exit)).unwrap_or(&self.final_norm);
         rms_norm(x, weight.clone(), self.config.rms_norm_eps)
     }
@@ -316,6 +355,7 @@ impl Decoder {
     /// # Shapes
     /// `normed`: `[tokens, d]`, the result of [`Decoder::exit_norm`]; result: `[tokens, vocab]`.
     pub fn logits(&self, normed: Tensor<2>) -> Tensor<2> {
+        let _span = tracing::trace_span!("head").entered();
         match &self.head {
             Some(head) => head.forward(normed, None),
             None => Linear::new(self.embedding.clone()).forward(normed, None),
@@ -327,6 +367,7 @@ impl Decoder {
     /// # Shapes
     /// `normed`: `[tokens, d]`; `targets`, `weights`: `[tokens]`.
     pub fn loss(&self, normed: Tensor<2>, targets: Tensor<1, Int>, weights: Tensor<1>) -> Tensor<1> {
+        let _span = tracing::trace_span!("head").entered();
         let bias = self.head.as_ref().and_then(|head| head.bias.as_ref());
         match (self.head(), bias) {
             (Weight::Packed(matrix), None) => cross_entropy_head(normed, matrix, targets, weights),

@@ -2,6 +2,7 @@
 //!
 //! Sequences of different lengths lie one after the other, so that nothing is computed for padding.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use burn::tensor::Device;
@@ -10,6 +11,7 @@ use edgellm_kernels::{
     decoder_block_recorded, decoder_block_uncached, head_divergence, head_loss,
 };
 
+use super::activations::activation_range;
 use super::block::BlockContext;
 use super::rope::RopeSlice;
 use super::{Decoder, Weight};
@@ -77,6 +79,7 @@ impl Decoder {
         targets: &[u32],
         weight: f32,
     ) -> HeadLoss {
+        let _span = tracing::trace_span!("head").entered();
         let norm = adapter.exit_norm(exit).unwrap_or(&self.final_norm);
         let Weight::Packed(head) = self.head() else { panic!("a head that is not packed") };
         head_loss(hidden, norm, self.config.rms_norm_eps, head, targets, weight)
@@ -91,6 +94,7 @@ impl Decoder {
     /// # Panics
     /// If shapes disagree, or a head is not packed or not on the CPU device.
     pub fn divergence_on_slices(&self, base: &Decoder, base_hidden: &[f32], hidden: &[f32], weight: f32) -> HeadLoss {
+        let _span = tracing::trace_span!("head").entered();
         head_divergence(&base.head_view(base_hidden), &self.head_view(hidden), weight)
     }
 
@@ -128,8 +132,10 @@ impl<'a> SlicePass<'a> {
     /// If shapes disagree, or a block [does not run on slices](Decoder::runs_on_slices).
     pub fn forward(&mut self, x: &mut [f32], range: Range<usize>) -> Result<(), ModelError> {
         for index in range {
-            let _span = tracing::trace_span!("block", index).entered();
+            let span = tracing::debug_span!("block", index, bytes = self.decoder.block_bytes(index)).entered();
             self.with(index, None, |view, lengths, scratch| decoder_block_uncached(x, lengths, view, scratch))?;
+            drop(span);
+            activation_range(index, || Some(Cow::Borrowed(&*x)));
         }
         Ok(())
     }
@@ -150,10 +156,12 @@ impl<'a> SlicePass<'a> {
     ) -> Result<(), ModelError> {
         tapes.resize_with(range.len().max(tapes.len()), BlockTape::default);
         for (index, tape) in range.zip(tapes) {
-            let _span = tracing::trace_span!("block", index).entered();
+            let span = tracing::debug_span!("block", index, bytes = self.decoder.block_bytes(index)).entered();
             self.with(index, self.dropout, |view, lengths, scratch| {
                 decoder_block_recorded(x, lengths, view, keep(index), tape, scratch);
             })?;
+            drop(span);
+            activation_range(index, || Some(Cow::Borrowed(&*x)));
         }
         Ok(())
     }
@@ -195,7 +203,7 @@ impl<'a> SlicePass<'a> {
         input_gradient: bool,
         gradients: &mut BlockGradients,
     ) -> Result<(), ModelError> {
-        let _span = tracing::trace_span!("block_backward", index).entered();
+        let _span = tracing::debug_span!("block_backward", index, bytes = self.decoder.block_bytes(index)).entered();
         self.with(index, self.dropout, |view, lengths, scratch| {
             decoder_block_backward(dy, lengths, view, tape, input_gradient, gradients, scratch);
         })

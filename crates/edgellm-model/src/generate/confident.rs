@@ -16,6 +16,7 @@ use super::{Core, Next, Output, rows};
 use crate::ModelError;
 use crate::decoder::Decoder;
 use crate::sample::{Sampler, argmax, log_softmax};
+use crate::spans;
 
 /// When to leave early.
 #[derive(Clone, Debug)]
@@ -75,9 +76,11 @@ impl<'a> Confident<'a> {
         output: &mut Output<'_>,
     ) -> Result<(), ModelError> {
         self.catch_up(core)?;
+        let span = tracing::debug_span!("prefill", tokens = prompt.len()).entered();
         let normed = core.run(prompt)?.narrow(0, prompt.len() - 1, 1);
         let mut token = sampler.sample(&core.logits(normed.clone())?);
         self.state = Some(normed);
+        drop(span);
         while let Next::More = output.push(token)? {
             token = self.step(core, token, sampler)?;
         }
@@ -86,6 +89,7 @@ impl<'a> Confident<'a> {
 
     /// The token after `token`.
     fn step(&mut self, core: &mut Core<'_>, token: u32, sampler: &mut Sampler) -> Result<u32, ModelError> {
+        let _span = tracing::debug_span!("decode", tokens = 1).entered();
         let mut hidden = core.decoder.embed(&[&[token]])?;
         let mut start = 0;
         for (index, head) in self.config.heads.iter().enumerate() {
@@ -102,6 +106,7 @@ impl<'a> Confident<'a> {
             let waiting: usize = queue.iter().map(|states| states.dims()[1]).sum();
             if scores[argmax(&scores)].exp() >= self.config.threshold && waiting < MAX_BATCH {
                 self.report.tokens[index] += 1;
+                tracing::trace!(target: spans::VOTES, chosen = head.exit());
                 self.state = Some(state);
                 return Ok(head.shortlist().id(sampler.sample(&scores) as usize));
             }
@@ -112,6 +117,7 @@ impl<'a> Confident<'a> {
         let normed = normed.narrow(0, last, 1);
         let token = sampler.sample(&core.logits(normed.clone())?);
         self.state = Some(normed);
+        tracing::trace!(target: spans::VOTES, chosen = core.decoder.n_blocks());
         *self.report.tokens.last_mut().expect("a count for the whole model") += 1;
         Ok(token)
     }

@@ -25,7 +25,8 @@ use self::speculative::Speculative;
 use crate::ModelError;
 use crate::adapter::Adapter;
 use crate::decoder::{Decoder, KvCache};
-use crate::sample::{Sampler, log_softmax};
+use crate::sample::{Sampler, argmax, log_softmax};
+use crate::spans;
 use crate::traits::Voter;
 
 /// Whether to go on after a token.
@@ -227,6 +228,7 @@ impl<'a> Generator<'a> {
     /// # Errors
     /// No ids, an id outside the vocabulary, or weights that cannot be read.
     pub fn advance(&mut self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let _span = pass_span(ids.len(), self.core.len()).entered();
         let core = &mut self.core;
         let mut hidden = core.decoder.embed(&[ids])?;
         let mut start = 0;
@@ -246,6 +248,11 @@ impl<'a> Generator<'a> {
         let views: Vec<&[f32]> = distributions.iter().map(Vec::as_slice).collect();
         let mut out = vec![0.0; core.decoder.config().vocab_size];
         self.voter.vote(&views, &mut out);
+        if tracing::event_enabled!(target: spans::VOTES, tracing::Level::TRACE) {
+            let token = argmax(&out);
+            let won = (0..views.len()).max_by(|&a, &b| views[a][token].total_cmp(&views[b][token]));
+            tracing::trace!(target: spans::VOTES, won = self.exits[won.unwrap_or_default()]);
+        }
         Ok(out)
     }
 
@@ -293,8 +300,18 @@ impl<'a> Generator<'a> {
         if self.voter.needs_all_exits() {
             return self.advance(ids);
         }
+        let _span = pass_span(ids.len(), self.core.len()).entered();
         let normed = self.core.run(ids)?;
         self.core.logits(normed.narrow(0, ids.len() - 1, 1))
+    }
+}
+
+/// The span of a pass: of a prompt's tokens, or of one after others.
+fn pass_span(tokens: usize, past: usize) -> tracing::Span {
+    if tokens == 1 && past > 0 {
+        tracing::debug_span!("decode", tokens)
+    } else {
+        tracing::debug_span!("prefill", tokens)
     }
 }
 

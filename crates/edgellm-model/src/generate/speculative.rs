@@ -124,9 +124,11 @@ impl<'a> Speculative<'a> {
         output: &mut Output<'_>,
     ) -> Result<(), ModelError> {
         prompt.iter().for_each(|&token| self.text.push(token));
+        let span = tracing::debug_span!("prefill", tokens = prompt.len()).entered();
         let normed = core.run(prompt)?;
         let mut state = normed.narrow(0, prompt.len() - 1, 1);
         let mut pending = sampler.sample(&core.logits(state.clone())?);
+        drop(span);
         while let Next::More = output.push(pending)? {
             self.text.push(pending);
             match self.pass(core, pending, state, sampler, output)? {
@@ -147,6 +149,7 @@ impl<'a> Speculative<'a> {
         sampler: &mut Sampler,
         output: &mut Output<'_>,
     ) -> Result<Option<(u32, Tensor<2>)>, ModelError> {
+        let span = tracing::debug_span!("decode", tokens = tracing::field::Empty).entered();
         let base = core.len();
         let room = output.limits.max_tokens - output.tokens.len();
         let mut drafting = self.draft(core, pending, state, room)?;
@@ -165,6 +168,7 @@ impl<'a> Speculative<'a> {
         for (index, scores) in logits.chunks_exact(vocab).enumerate() {
             let token = sampler.sample(scores);
             self.tokens += 1;
+            span.record("tokens", index + 1);
             let draft = tokens.get(index + 1).copied();
             if let Some(draft) = draft {
                 self.pace.note(drafting.plan.sources[index], draft == token);

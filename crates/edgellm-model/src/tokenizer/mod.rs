@@ -70,6 +70,7 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer cannot encode the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let _span = tracing::debug_span!("tokenize", bytes = text.len()).entered();
         let encoding = guarded(|| self.inner.encode_fast(text, add_special));
         encoding.map(|e| e.get_ids().to_vec()).map_err(|reason| self.error("encode", reason))
     }

@@ -173,7 +173,9 @@ impl Shared {
             drop(state);
             slot.holds = None;
             let start = Instant::now();
+            let span = tracing::debug_span!("stream_read", index = block, bytes = self.source.bytes(block)).entered();
             let result = self.source.fill(block, &mut slot.buffer);
+            drop(span);
             add(&self.reading_ns, start);
             state = self.lock();
             state.reading = None;

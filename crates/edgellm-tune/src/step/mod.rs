@@ -73,10 +73,19 @@ impl Gradients {
 
     /// `sqrt(sum |g|^2)`.
     pub(crate) fn norm(&self) -> f64 {
-        let of_layers = self.blocks.iter().flat_map(|block| block.linears.iter().flatten());
-        let all = of_layers.flat_map(|gradient| [&gradient.a, &gradient.b]).chain([&self.norm]);
-        all.map(|values| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>()).sum::<f64>().sqrt()
+        let of_norm: f64 = self.norm.iter().map(|v| f64::from(*v).powi(2)).sum();
+        (self.blocks.iter().map(squares).sum::<f64>() + of_norm).sqrt()
     }
+}
+
+/// `sqrt(sum |g|^2)` of one block.
+pub(crate) fn block_norm(block: &BlockGradients) -> f64 {
+    squares(block).sqrt()
+}
+
+fn squares(block: &BlockGradients) -> f64 {
+    let all = block.linears.iter().flatten().flat_map(|gradient| [&gradient.a, &gradient.b]);
+    all.map(|values| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>()).sum()
 }
 
 fn zero(values: &mut Vec<f32>, len: usize) {

@@ -34,6 +34,7 @@ impl Engine for Slices {
         gradients: &mut Gradients,
     ) -> Result<f64, TuneError> {
         let start = Instant::now();
+        let span = tracing::debug_span!("forward").entered();
         let sequences: Vec<&[u32]> = examples.iter().map(|e| &e.ids[..e.ids.len().saturating_sub(1)]).collect();
         let lengths: Vec<usize> = sequences.iter().map(|ids| ids.len()).collect();
         let mut hidden = decoder.embed_slices(&sequences)?;
@@ -57,6 +58,8 @@ impl Engine for Slices {
         }
         gradients.norm.iter_mut().zip(&head.d_norm).for_each(|(sum, value)| *sum += value);
         let scored = Instant::now();
+        drop(span);
+        let _span = tracing::debug_span!("backward").entered();
         pass.backward(&mut dy, window, &mut self.tapes, &mut gradients.blocks)?;
         let s = &mut self.seconds;
         s.prefix += (prefix - start).as_secs_f64();

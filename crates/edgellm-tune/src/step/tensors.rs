@@ -30,6 +30,7 @@ impl Engine for Tensors {
         gradients: &mut Gradients,
     ) -> Result<f64, TuneError> {
         let start = Instant::now();
+        let span = tracing::debug_span!("forward").entered();
         let batch = Batch::new(examples, 0);
         let tracked = tracked(adapter, place);
         let loss = loss(decoder, &batch, adapter, &tracked, place, weight)?;
@@ -39,6 +40,8 @@ impl Engine for Tensors {
         if !value.is_finite() {
             return Ok(value);
         }
+        drop(span);
+        let _span = tracing::debug_span!("backward").entered();
         let mut all = loss.backward();
         let add = |sum: &mut Vec<f32>, gradient: Option<Tensor<1>>| -> Result<(), TuneError> {
             if let Some(gradient) = gradient {

@@ -12,6 +12,7 @@ use edgellm_model::adapter::Adapter;
 use edgellm_model::data::Example;
 use edgellm_model::decoder::{Decoder, Dropout};
 use edgellm_model::generate::to_vec;
+use edgellm_model::spans;
 use edgellm_model::traits::{DataSource, ExitSchedule};
 use edgellm_model::values::Projection;
 use rand::{Rng, SeedableRng};
@@ -21,7 +22,7 @@ use crate::calibrate::calibrate_exit_norms;
 use crate::exits::window;
 use crate::optimizer::AdamW;
 use crate::order::BatchOrder;
-use crate::step::{Engine, Gradients, Place, StageSeconds, engine};
+use crate::step::{Engine, Gradients, Place, StageSeconds, block_norm, engine};
 use crate::{TuneConfig, TuneError};
 
 /// Steps in a row with a loss that is not finite, after which a run gives up.
@@ -153,7 +154,8 @@ impl<'a> Trainer<'a> {
         if response_tokens == 0 {
             return Err(TuneError::EmptyBatch { step });
         }
-        let span = tracing::debug_span!("tune_step", step, exit).entered();
+        let tokens: usize = examples.iter().map(|e| e.ids.len() - 1).sum();
+        let span = tracing::debug_span!("tune_step", step, exit, tokens).entered();
         self.gradients.reset(&self.adapter, &place, self.decoder.config().hidden_size);
         let mut loss = 0.0;
         let TuneConfig { lora_dropout: share, seed, .. } = self.config;
@@ -167,6 +169,11 @@ impl<'a> Trainer<'a> {
         }
         let update = Instant::now();
         let norm = self.gradients.norm();
+        if tracing::event_enabled!(target: spans::GRADIENTS, tracing::Level::TRACE) {
+            for (index, gradients) in place.window.clone().zip(&self.gradients.blocks) {
+                tracing::trace!(target: spans::GRADIENTS, index, norm = block_norm(gradients));
+            }
+        }
         let finite = norm.is_finite() && loss.is_finite();
         let lr = self.config.learning_rate
             * self.config.exit_scale.factor(exit, last)
@@ -175,6 +182,7 @@ impl<'a> Trainer<'a> {
             self.skipped_in_a_row = 0;
             let clip = self.config.max_grad_norm;
             let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
+            let _span = tracing::debug_span!("optimizer").entered();
             self.apply(&place, scale, lr)?;
         } else {
             self.skipped_in_a_row += 1;
@@ -184,7 +192,6 @@ impl<'a> Trainer<'a> {
             }
         }
         drop(span);
-        let tokens: usize = examples.iter().map(|e| e.ids.len() - 1).sum();
         self.schedule.observe(choice, loss, self.multiply_adds(&place, tokens, response_tokens));
         self.step += 1;
         let stages = StageSeconds { update: update.elapsed().as_secs_f64(), ..self.engine.take_seconds() };

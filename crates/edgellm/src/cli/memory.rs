@@ -37,7 +37,9 @@ const SHARE: u64 = 90;
 impl Context {
     /// Loads the model that `-m` names.
     pub(crate) fn load(&self, name: &str, room: Room) -> anyhow::Result<LoadedModel> {
-        self.load_with(name, self.activations, room)
+        let model = self.load_with(name, self.activations, room)?;
+        self.observed.describe(&model.decoder);
+        Ok(model)
     }
 
     /// Loads a model that others are compared with: it computes in f32, whatever `--activations` says.

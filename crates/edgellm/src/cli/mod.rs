@@ -3,7 +3,6 @@
 mod adapt;
 mod bench;
 mod calibration;
-mod chart;
 mod child;
 mod compress;
 mod compressors;
@@ -16,10 +15,13 @@ mod eval;
 mod failure;
 mod inspect;
 mod interrupt;
+#[cfg(feature = "results")]
+mod live;
 mod logits;
 mod measure;
 mod memory;
 mod merge;
+mod observe;
 mod output;
 mod plan;
 mod profile;
@@ -28,6 +30,7 @@ mod prompt;
 mod pull;
 mod recommend;
 mod recover;
+mod report;
 mod run;
 mod run_adapters;
 mod sampling;
@@ -44,11 +47,13 @@ use clap::{Args, Parser, Subcommand};
 use edgellm::device::DeviceChoice;
 use edgellm::kernels::{Isa, force_isa};
 use edgellm::model::decoder::Activations;
+use edgellm::model::traits::MetricSink;
 use edgellm::store::Store;
 use serde_json::Value;
 use tracing_subscriber::filter::LevelFilter;
 
 use self::failure::{Interrupted, Usage, exit_code, message};
+use self::observe::{Observe, Observed};
 use self::output::{parse_size, say};
 use self::progress::{Counted, Progress};
 
@@ -94,6 +99,8 @@ struct Global {
     /// The process that this one belongs to
     #[arg(long, global = true, hide = true, value_name = "PID")]
     parent: Option<u32>,
+    #[command(flatten)]
+    observe: Observe,
 }
 
 #[derive(Subcommand)]
@@ -113,6 +120,7 @@ enum Command {
     Merge(merge::Merge),
     Vote(vote::Vote),
     Eval(eval::Eval),
+    Report(report::Report),
     Run(run::Run),
     Speculate(speculate::Speculate),
     Bench(bench::Bench),
@@ -128,9 +136,15 @@ pub(crate) struct Context {
     device: DeviceChoice,
     activations: Activations,
     store: Store,
+    observed: Observed,
 }
 
 impl Context {
+    /// Where metrics go: nowhere without `--metrics`.
+    pub(crate) fn metrics(&self) -> Box<dyn MetricSink> {
+        self.observed.sink()
+    }
+
     /// A message on standard error, unless `-q`.
     pub(crate) fn say(&self, text: &str) {
         if !self.quiet {
@@ -199,20 +213,28 @@ pub(crate) fn main() -> ExitCode {
     };
     let verbose = cli.global.verbose;
     let quiet = cli.global.quiet;
-    log_to_stderr(verbose, quiet);
-    match dispatch(cli) {
-        Ok(code) => code,
-        Err(error) => {
-            let code = exit_code(&error);
-            if code != 0 {
-                say(&format!("error: {}", message(&error, verbose > 0)));
-            }
-            ExitCode::from(code)
+    let fail = |error: &anyhow::Error| {
+        let code = exit_code(error);
+        if code != 0 {
+            say(&format!("error: {}", message(error, verbose > 0)));
         }
+        ExitCode::from(code)
+    };
+    let observed = match cli.global.observe.open() {
+        Ok(observed) => observed,
+        Err(error) => return fail(&error),
+    };
+    log_to_stderr(verbose, quiet, &observed);
+    let result = dispatch(cli, observed.clone());
+    // What was measured until a failure is worth having too; the failure is what is told.
+    let finished = observed.finish();
+    match result.and_then(|code| finished.map(|()| code)) {
+        Ok(code) => code,
+        Err(error) => fail(&error),
     }
 }
 
-fn log_to_stderr(verbose: u8, quiet: bool) {
+fn log_to_stderr(verbose: u8, quiet: bool, observed: &Observed) {
     let level = match (quiet, verbose) {
         (true, _) => LevelFilter::ERROR,
         (_, 0) => LevelFilter::WARN,
@@ -222,7 +244,9 @@ fn log_to_stderr(verbose: u8, quiet: bool) {
     };
     let targets = tracing_subscriber::filter::Targets::new()
         .with_default(level.min(LevelFilter::WARN))
-        .with_targets(edgellm::CRATES.map(|name| (name, level)));
+        .with_targets(edgellm::CRATES.map(|name| (name, level)))
+        // Figures cost time to compute, and are for files.
+        .with_target(edgellm::model::spans::FIGURES, LevelFilter::OFF);
     let format = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_target(false)
@@ -231,10 +255,10 @@ fn log_to_stderr(verbose: u8, quiet: bool) {
     use tracing_subscriber::Layer;
     use tracing_subscriber::layer::SubscriberExt;
     use tracing_subscriber::util::SubscriberInitExt;
-    tracing_subscriber::registry().with(format.with_filter(targets)).init();
+    tracing_subscriber::registry().with(format.with_filter(targets)).with(observed.layer()).init();
 }
 
-fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+fn dispatch(cli: Cli, observed: Observed) -> anyhow::Result<ExitCode> {
     let global = cli.global;
     if let Some(parent) = global.parent {
         child::end_with(parent);
@@ -264,6 +288,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         device: global.device,
         activations: global.activations,
         store: environment::store()?,
+        observed,
     };
     match cli.command {
         Command::Pull(command) => command.run(&ctx).map(success),
@@ -281,6 +306,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Merge(command) => command.run(&ctx).map(success),
         Command::Vote(command) => command.run(&ctx).map(success),
         Command::Eval(command) => command.run(&ctx).map(success),
+        Command::Report(command) => command.run(&ctx).map(success),
         Command::Run(command) => command.run(&ctx).map(success),
         Command::Speculate(command) => command.run(&ctx).map(success),
         Command::Bench(command) => command.run(&ctx).map(success),

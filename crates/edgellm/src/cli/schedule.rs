@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use edgellm::eval::chart::{self, Lane, Span};
 use edgellm::model::files::ModelFiles;
 use edgellm::model::values::{DeviceProfile, read_value};
 use edgellm::sched::Roofline;
@@ -10,7 +11,6 @@ use edgellm::schedule::{Schedule as Found, block_format, schedule};
 use edgellm::session::Memory;
 use serde_json::{Value, json};
 
-use super::chart::{self, Lane, Span};
 use super::output::bytes;
 use super::{Context, check_output_file};
 
@@ -152,5 +152,5 @@ fn picture(model: &str, found: &Found) -> anyhow::Result<String> {
     memory.push((1e3 * found.seconds(), level * 1e-6));
     let lanes = [Lane { label: "computes", spans: compute.collect() }, Lane { label: "reads", spans: reads.collect() }];
     let title = format!("{model}: one token, {:.1} ms, {}", 1e3 * found.seconds(), bytes(found.bytes()));
-    chart::timeline(&title, &lanes, "memory, MB", &memory)
+    Ok(chart::timeline(&title, &lanes, "memory, MB", &memory)?)
 }

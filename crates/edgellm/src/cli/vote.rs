@@ -210,6 +210,9 @@ pub(crate) fn named(name: &str, adapter: Option<&Path>, exits: &[usize]) -> anyh
         Some(path) if FITTED_VOTERS.contains(&name) => Some(required(path, exits)?),
         _ => None,
     };
+    for exit in fitted.iter().flat_map(|vote| &vote.exits) {
+        tracing::trace!(target: edgellm::model::spans::VOTES, exit = exit.exit, temperature = exit.temperature);
+    }
     Ok(fitted_voter(name, fitted.as_ref())?)
 }
 

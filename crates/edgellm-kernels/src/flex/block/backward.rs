@@ -9,7 +9,7 @@
 use super::attention::{self, Parts};
 use super::linear::{LayerGradients, Linear, LoraGradient};
 use super::pointwise::{norm_gradient, rms_norm, rms_norm_backward, swiglu, swiglu_backward};
-use super::{Activations, BlockScratch, BlockView, host, run_uncached, slice};
+use super::{Activations, BlockScratch, BlockView, host, operator, run_uncached, slice};
 use crate::arch::Kernel;
 use crate::ops::AttentionParams;
 
@@ -141,16 +141,21 @@ fn feed_forward(
     let mut of_norms = gradients.norms.take();
     let [_, _, _, _, grad_gate, grad_up, grad_down] = gradients.each_mut();
     let BlockScratch { x8, normed, product, backward: b, .. } = scratch;
+    let span = tracing::trace_span!("down_backward").entered();
     swiglu(kernel, &acts.gate, &acts.up, product);
     b.d_gate.resize(product.len(), 0.0);
     b.d_up.resize(product.len(), 0.0);
     down.backward(kernel, product, dy, x8, Some((&mut b.d_gate, false)), grad_down);
     swiglu_backward(kernel, &acts.gate, &acts.up, &mut b.d_gate, &mut b.d_up);
+    drop(span);
+    let span = tracing::trace_span!("gate_up_backward").entered();
     let norm = host(block.mlp_norm);
     rms_norm(kernel, &acts.middle, slice::<f32>(&norm), block.eps, normed);
     b.d_normed.resize(normed.len(), 0.0);
     gate.backward(kernel, normed, &b.d_gate, x8, Some((&mut b.d_normed, false)), grad_gate);
     up.backward(kernel, normed, &b.d_up, x8, Some((&mut b.d_normed, true)), grad_up);
+    drop(span);
+    let _span = tracing::trace_span!("norm_backward").entered();
     if let Some([_, of_norm]) = &mut of_norms {
         norm_gradient(&acts.middle, block.eps, &b.d_normed, of_norm);
     }
@@ -175,8 +180,11 @@ fn attend(
     let mut of_norms = gradients.norms.take();
     let [grad_q, grad_k, grad_v, grad_o, _, _, _] = gradients.each_mut();
     let BlockScratch { x8, normed, backward: b, .. } = scratch;
-    b.d_attended.resize(acts.attended.len(), 0.0);
-    o.backward(kernel, &acts.attended, dh, x8, Some((&mut b.d_attended, false)), grad_o);
+    operator!("o_backward", {
+        b.d_attended.resize(acts.attended.len(), 0.0);
+        o.backward(kernel, &acts.attended, dh, x8, Some((&mut b.d_attended, false)), grad_o);
+    });
+    let span = tracing::trace_span!("attention_backward").entered();
     b.dq.resize(acts.q.len(), 0.0);
     for gradient in [&mut b.dk, &mut b.dv] {
         gradient.clear();
@@ -210,6 +218,8 @@ fn attend(
             *dx = of_raw;
         }
     }
+    drop(span);
+    let span = tracing::trace_span!("qkv_backward").entered();
     let norm = host(block.attn_norm);
     rms_norm(kernel, &tape.input, slice::<f32>(&norm), block.eps, normed);
     b.d_normed.resize(normed.len(), 0.0);
@@ -218,6 +228,8 @@ fn attend(
         let dx = (input_gradient || of_norms.is_some()).then_some((&mut b.d_normed[..], i > 0));
         linear.backward(kernel, normed, dy, x8, dx, gradient);
     }
+    drop(span);
+    let _span = tracing::trace_span!("norm_backward").entered();
     if let Some([of_norm, _]) = &mut of_norms {
         norm_gradient(&tape.input, block.eps, &b.d_normed, of_norm);
     }

@@ -29,6 +29,15 @@ pub use backward::{BlockGradients, BlockTape, decoder_block_backward, decoder_bl
 pub use dropout::Dropout;
 pub use linear::LoraGradient;
 
+/// Runs a part of a block in a span of its name: a load and a branch while nobody listens.
+macro_rules! operator {
+    ($name:literal, $body:block) => {{
+        let _span = tracing::trace_span!($name).entered();
+        $body
+    }};
+}
+use operator;
+
 use linear::{Linear, apply};
 use pointwise::{Table, rms_norm, rotate, swiglu};
 
@@ -208,13 +217,18 @@ fn run(
     assert!(k.rows() == kv_heads * dim && v.rows() == k.rows() && q.rows() % (kv_heads * dim) == 0, "heads");
     let BlockScratch { x8, normed, product, acts: a, .. } = scratch;
 
-    let norm = host(block.attn_norm);
-    rms_norm(kernel, x, slice::<f32>(&norm), block.eps, normed);
-    x8.fill_if(&[&q, &k, &v], kernel, normed, width);
-    for (buffer, linear) in [(&mut a.q, &q), (&mut a.k, &k), (&mut a.v, &v)] {
-        buffer.resize(tokens * linear.rows(), 0.0);
-    }
-    apply(kernel, normed, x8, [(&q, &mut a.q[..]), (&k, &mut a.k[..]), (&v, &mut a.v[..])], false);
+    operator!("norm", {
+        let norm = host(block.attn_norm);
+        rms_norm(kernel, x, slice::<f32>(&norm), block.eps, normed);
+    });
+    operator!("qkv", {
+        x8.fill_if(&[&q, &k, &v], kernel, normed, width);
+        for (buffer, linear) in [(&mut a.q, &q), (&mut a.k, &k), (&mut a.v, &v)] {
+            buffer.resize(tokens * linear.rows(), 0.0);
+        }
+        apply(kernel, normed, x8, [(&q, &mut a.q[..]), (&k, &mut a.k[..]), (&v, &mut a.v[..])], false);
+    });
+    let span = tracing::trace_span!("attention").entered();
     for (x, raw, norm) in [(&mut a.q, &mut a.raw_q, block.q_norm), (&mut a.k, &mut a.raw_k, block.k_norm)] {
         if let Some(norm) = norm {
             let norm = host(norm);
@@ -235,22 +249,31 @@ fn run(
         attention::attend(kernel, these.0, n, cache, params, now);
         (queries, keys, values, out) = (these.1, those.0.1, those.1.1, later);
     }
-    x8.fill_if(&[&o], kernel, &a.attended, o.cols());
-    apply(kernel, &a.attended, x8, [(&o, &mut x[..])], true);
+    drop(span);
+    operator!("o", {
+        x8.fill_if(&[&o], kernel, &a.attended, o.cols());
+        apply(kernel, &a.attended, x8, [(&o, &mut x[..])], true);
+    });
     if record {
         a.middle.clear();
         a.middle.extend_from_slice(x);
     }
 
-    let norm = host(block.mlp_norm);
-    rms_norm(kernel, x, slice::<f32>(&norm), block.eps, normed);
-    x8.fill_if(&[&gate, &up], kernel, normed, width);
-    a.gate.resize(tokens * gate.rows(), 0.0);
-    a.up.resize(tokens * up.rows(), 0.0);
-    apply(kernel, normed, x8, [(&gate, &mut a.gate[..]), (&up, &mut a.up[..])], false);
-    swiglu(kernel, &a.gate, &a.up, product);
-    x8.fill_if(&[&down], kernel, product, down.cols());
-    apply(kernel, product, x8, [(&down, &mut x[..])], true);
+    operator!("norm", {
+        let norm = host(block.mlp_norm);
+        rms_norm(kernel, x, slice::<f32>(&norm), block.eps, normed);
+    });
+    operator!("gate_up", {
+        x8.fill_if(&[&gate, &up], kernel, normed, width);
+        a.gate.resize(tokens * gate.rows(), 0.0);
+        a.up.resize(tokens * up.rows(), 0.0);
+        apply(kernel, normed, x8, [(&gate, &mut a.gate[..]), (&up, &mut a.up[..])], false);
+    });
+    operator!("down", {
+        swiglu(kernel, &a.gate, &a.up, product);
+        x8.fill_if(&[&down], kernel, product, down.cols());
+        apply(kernel, product, x8, [(&down, &mut x[..])], true);
+    });
 }
 
 /// Turns scores into the logarithms of their softmax, in place.

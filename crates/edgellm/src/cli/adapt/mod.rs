@@ -8,11 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use edgellm::eval::JsonLines;
-use edgellm::model::ModelError;
 use edgellm::model::adapter::{Adapter, LoraConfig, Targets, even_exits};
 use edgellm::model::data::ValSplit;
-use edgellm::model::traits::{MetricSink, NoMetrics};
 use edgellm::tune::exits::{ExitScale, exit_schedule};
 use edgellm::tune::optimizer::{AdamWConfig, LrSchedule, StateType};
 use edgellm::tune::order::Order;
@@ -24,7 +21,7 @@ use self::report::held_out;
 use super::data::DataArgs;
 use super::failure::{Interrupted, Usage, usage};
 use super::measure::model_name;
-use super::{Context, check_output_dir, check_output_file, interrupt, stop_if_requested};
+use super::{Context, check_output_dir, interrupt, stop_if_requested};
 
 /// Blocks below an exit that a step trains, if nothing else is asked for.
 const DEFAULT_WINDOW: usize = 8;
@@ -98,9 +95,6 @@ pub(crate) struct Adapt {
     /// Seed of the adapter's start and of the exits' order
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// A file for metrics: JSON lines, one event a line
-    #[arg(long, value_name = "FILE.jsonl")]
-    metrics: Option<PathBuf>,
 }
 
 /// The optimizer's settings.
@@ -138,7 +132,7 @@ impl Adapt {
         let data = self.format.read_training(&model, &self.data, eval_data, self.val_split, self.seed)?;
         ctx.say(&data.to_string());
         let (train, heldout) = (&data.train, &data.heldout);
-        let mut sink = self.sink()?;
+        let mut sink = ctx.metrics();
         let exits = config.exits.clone();
         let before = match heldout {
             Some(examples) => Some(held_out(ctx, &model, None, &exits, examples, &[])?),
@@ -185,9 +179,6 @@ impl Adapt {
             let text = format!("{}: --force replaces an adapter only, and this folder is none", self.output.display());
             return Err(Usage(text).into());
         }
-        if let Some(path) = &self.metrics {
-            check_output_file(path)?;
-        }
         if self.steps == 0 {
             return Err(Usage("--steps: expected at least 1, found 0".into()).into());
         }
@@ -231,13 +222,6 @@ impl Adapt {
             },
             max_grad_norm: optimizer.max_grad_norm,
             seed: self.seed,
-        })
-    }
-
-    fn sink(&self) -> Result<Box<dyn MetricSink>, ModelError> {
-        Ok(match &self.metrics {
-            Some(path) => Box::new(JsonLines::append(path)?),
-            None => Box::new(NoMetrics),
         })
     }
 

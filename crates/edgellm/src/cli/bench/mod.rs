@@ -102,6 +102,9 @@ impl Bench {
             let found = self.kernels.run(ctx)?;
             return self.print(ctx, "kernels", &found.rows, || found.markdown(), || Ok(found.csv()));
         }
+        if self.thread_counts.len() > 1 && ctx.observed.is_on() {
+            return Err(Usage("-t: expected one number of threads with --metrics or --trace".into()).into());
+        }
         self.kernels.check()?;
         let tests = self.tests()?;
         let rows =

@@ -25,7 +25,8 @@ pub(crate) struct Compare {
 
 impl Compare {
     pub(super) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
-        let (first, second) = (sweep::find(&self.store, &self.first)?, sweep::find(&self.store, &self.second)?);
+        let (first, second) =
+            (sweep::records(&self.store, Some(&self.first))?, sweep::records(&self.store, Some(&self.second))?);
         let pairs = pairs(&first, &second);
         if pairs.is_empty() {
             let text = format!("expected cases that '{}' and '{}' both have, found none", self.first, self.second);

@@ -403,8 +403,8 @@ fn text(records: &[Record], done: &Value, left_out: &[String]) -> String {
     format!("{}{left_out}{run} stages were run, {found} were found in the store\n", table(&header, &rows))
 }
 
-/// The records that a run or a sweep of a store means.
-pub(crate) fn find(folder: &Path, name: &str) -> anyhow::Result<Vec<Record>> {
+/// The records that a run or a sweep of a store means, or all of them.
+pub(crate) fn records(folder: &Path, name: Option<&str>) -> anyhow::Result<Vec<Record>> {
     let path = folder.join(RESULTS);
     if !path.is_file() {
         let text = format!(
@@ -413,7 +413,11 @@ pub(crate) fn find(folder: &Path, name: &str) -> anyhow::Result<Vec<Record>> {
         );
         return Err(Usage(text).into());
     }
-    Ok(Store::open(&path)?.find(name)?)
+    let store = Store::open(&path)?;
+    Ok(match name {
+        Some(name) => store.find(name)?,
+        None => store.records(None)?,
+    })
 }
 
 /// The name of a record's case, for tables.

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use edgellm::eval::chart::{self, Bar};
 use edgellm::model::files::ModelFiles;
 use edgellm::model::values::{Budget, CompressionPolicy, LayerFormat, Projection, Unit};
 
 use super::{Part, Parts, part_of};
-use crate::cli::chart::{self, Bar};
 use crate::cli::failure::Usage;
 use crate::cli::output::bytes;
 
@@ -77,16 +77,14 @@ pub(super) fn draw(files: &ModelFiles, path: &Path) -> anyhow::Result<()> {
         let part = parts.entry(part_of(name)).or_default();
         part.add(weights, layout.bytes(), sparsity_of(files, name)?, layout.format.name());
     }
-    let bar = |((_, unit), part): (&(usize, String), &Part)| Bar {
-        label: format!("{unit} {}", part.formats()),
-        bits: part.bits_per_weight(),
-        sparsity: part.sparsity(),
+    let bar = |((_, unit), part): (&(usize, String), &Part)| {
+        Bar::bits(format!("{unit} {}", part.formats()), part.bits_per_weight(), part.sparsity())
     };
     let bars: Vec<Bar> = parts.iter().map(bar).collect();
     let policy = files.quantization().and_then(|q| q.policy.as_ref());
     let solver = policy.map_or(String::new(), |p| format!(", policy '{}', budget: {}", p.solver, budget(&p.budget)));
     let name = files.path().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    chart::write(path, &chart::bars(&format!("{name}{solver}"), &bars)?)
+    Ok(chart::write(path, &chart::bars(&format!("{name}{solver}"), chart::BITS, &bars)?)?)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use edgellm::eval::chart::{self, Chart, Series};
 use edgellm::luc::{DecodeDevice, PolicyCost, policy_cost};
 use edgellm::model::io::read_text;
 use edgellm::model::values::{Budget, Measurement};
@@ -10,7 +11,6 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{Plan, Solver};
-use crate::cli::chart::{self, Chart, Series};
 use crate::cli::failure::Usage;
 use crate::cli::output::{bytes, table};
 use crate::cli::{Context, check_output_file};
@@ -189,7 +189,7 @@ fn draw(measurement: &Measurement, points: &[Point], measured: &[Measured]) -> a
     let mut series: Vec<Series> = Vec::new();
     let mut add = |label: String, point: (f64, f64), line| match series.iter_mut().find(|s| s.label == label) {
         Some(known) => known.points.push(point),
-        None => series.push(Series { label, points: vec![point], line }),
+        None => series.push(Series { label, points: vec![point], line, intervals: Vec::new() }),
     };
     for point in points {
         if let Some(PolicyCost { bytes, sensitivity: Some(kl), .. }) = point.found {
@@ -204,7 +204,8 @@ fn draw(measurement: &Measurement, points: &[Point], measured: &[Measured]) -> a
         series.points.dedup();
     }
     let title = format!("{}: divergence against size ({})", measurement.model, measurement.compressor);
-    Chart { title: &title, x: "MB of packed weights", y: "KL per token (nats)", log_y: true }.points(&series)
+    let chart = Chart { title: &title, x: "MB of packed weights", y: "KL per token (nats)", log_y: true };
+    Ok(chart.points(&series)?)
 }
 
 #[cfg(test)]

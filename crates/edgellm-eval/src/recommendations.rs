@@ -1,0 +1,284 @@
+//! What follows from measured figures, in words with numbers. Nothing is said of a difference that may be chance.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::compare::{Verdict, compare};
+use crate::figures::{Better, Figure, Layer, Record};
+
+/// Figures of quality, the most telling first.
+pub(crate) const QUALITY: [&str; 6] =
+    ["second_half_kl", "kl", "heldout_loss", "accuracy_norm", "second_half_perplexity", "exact_match"];
+
+/// The figure of quality that a record is judged by.
+pub(crate) fn quality(record: &Record) -> Option<(&'static str, &Figure)> {
+    QUALITY.iter().find_map(|name| Some((*name, record.figures.get(*name)?)))
+}
+
+/// The size of a record's model, in bytes.
+pub(crate) fn size(record: &Record) -> Option<f64> {
+    record.figures.get("model_bytes").or(record.figures.get("weights_bytes")).map(|figure| figure.value)
+}
+
+/// All recommendations, in sentences.
+pub fn recommendations(records: &[Record], models: &[(String, Vec<Layer>)]) -> Vec<String> {
+    let mut out = policies(records);
+    out.extend(votes(records));
+    out.extend(smallest_without_loss(records));
+    out.extend(devices(records));
+    let mut told = BTreeSet::new();
+    for record in records {
+        out.extend(
+            costly_layers(&case(record, &["task", "device", "adapter"]), &record.layers)
+                .filter(|s| told.insert(s.clone())),
+        );
+    }
+    for (name, layers) in models {
+        out.extend(costly_layers(name, layers));
+    }
+    out
+}
+
+/// A record's case in words, without these names.
+fn case(record: &Record, without: &[&str]) -> String {
+    let named = record.case.iter().filter(|(name, _)| !without.contains(&name.as_str()));
+    named.map(|(name, value)| format!("{name} {value}")).collect::<Vec<_>>().join(", ")
+}
+
+/// Records that agree in everything but one name.
+fn groups<'a>(records: &'a [Record], varied: &str) -> BTreeMap<String, Vec<&'a Record>> {
+    let mut groups: BTreeMap<String, Vec<&Record>> = BTreeMap::new();
+    for record in records.iter().filter(|record| record.case.contains_key(varied)) {
+        groups.entry(case(record, &[varied])).or_default().push(record);
+    }
+    groups.retain(|_, group| group.len() > 1);
+    groups
+}
+
+/// The better of two, if it is not by chance: by which figure, and both values.
+fn better<'a>(a: &'a Record, b: &'a Record, figure: &str) -> Option<(&'a Record, f64, f64)> {
+    let found = compare(a, b).into_iter().find(|compared| compared.figure == figure)?;
+    match found.verdict {
+        Verdict::Better => Some((b, found.second.value, found.first.value)),
+        Verdict::Worse => Some((a, found.first.value, found.second.value)),
+        _ => None,
+    }
+}
+
+fn words(figure: &str) -> String {
+    match figure {
+        "second_half_kl" | "kl" => "KL".into(),
+        "heldout_loss" => "loss".into(),
+        "second_half_perplexity" => "perplexity".into(),
+        other => other.replace('_', " "),
+    }
+}
+
+/// Which policy is best at each budget.
+fn policies(records: &[Record]) -> Vec<String> {
+    let mut out = Vec::new();
+    for (name, group) in groups(records, "policy") {
+        // Without a budget, policies differ in size, and "better" would only mean "larger".
+        if !group.iter().all(|record| record.case.contains_key("budget")) {
+            continue;
+        }
+        let Some((figure, _)) = quality(group[0]) else { continue };
+        let order = |record: &&&Record| match record.figures.get(figure) {
+            Some(found) if found.better == Better::Lower => found.value,
+            Some(found) => -found.value,
+            None => f64::INFINITY,
+        };
+        let mut sorted: Vec<&Record> = group.clone();
+        sorted.sort_by(|a, b| order(&a).total_cmp(&order(&b)));
+        let (best, next) = (sorted[0], sorted[1]);
+        let policy = |record: &Record| record.case["policy"].clone();
+        match better(best, next, figure) {
+            Some((_, found, other)) => out.push(format!(
+                "{name}: take the policy {}: {} {found:.4}, against {other:.4} of {} ({:+.0}%).",
+                policy(best),
+                words(figure),
+                policy(next),
+                100.0 * (found / other - 1.0)
+            )),
+            None => out.push(format!(
+                "{name}: between the policies {} and {} no difference is certain.",
+                policy(best),
+                policy(next)
+            )),
+        }
+    }
+    out
+}
+
+/// Whether a vote or an earlier exit beats the last one.
+fn votes(records: &[Record]) -> Vec<String> {
+    let mut out = Vec::new();
+    for record in records {
+        let Some(main) = record.items.get("heldout_loss") else { continue };
+        let others = record.items.iter().filter(|(name, _)| name.starts_with("heldout_loss_"));
+        let mut best: Option<(&str, crate::bootstrap::Difference)> = None;
+        for (name, items) in others.filter(|(_, items)| items.len() == main.len()) {
+            let Some(found) = crate::bootstrap::paired_difference(main, items, 0) else { continue };
+            let better = best.as_ref().is_none_or(|(_, known)| found.difference < known.difference);
+            if found.p < 0.05 && found.difference < 0.0 && better {
+                best = Some((name, found));
+            }
+        }
+        if let Some((name, found)) = best {
+            let name = name.trim_start_matches("heldout_loss_").replace('_', " ");
+            let (low, high) = found.interval;
+            out.push(format!(
+                "{}: decide by {name}: its loss is {:.4} nats less than that of the first vote ({:.4} to {:.4}).",
+                case(record, &[]),
+                -found.difference,
+                -high,
+                -low
+            ));
+        }
+    }
+    out
+}
+
+/// The smallest model of a task that is not certainly worse than the best.
+fn smallest_without_loss(records: &[Record]) -> Vec<String> {
+    let mut by_task: BTreeMap<String, Vec<&Record>> = BTreeMap::new();
+    for record in records.iter().filter(|record| quality(record).is_some() && size(record).is_some()) {
+        by_task.entry(case(record, &["policy", "budget", "seed"])).or_default().push(record);
+    }
+    let mut out = Vec::new();
+    for (name, mut group) in by_task.into_iter().filter(|(_, group)| group.len() > 2) {
+        let Some((figure, _)) = quality(group[0]) else { continue };
+        if figure.contains("kl") {
+            // A distance from the base is never 0 by chance: every smaller model is certainly worse.
+            continue;
+        }
+        group.sort_by(|a, b| size(a).unwrap_or(0.0).total_cmp(&size(b).unwrap_or(0.0)));
+        let Some(largest) = group.last().copied() else { continue };
+        let not_worse = |record: &&&Record| match better(largest, record, figure) {
+            Some((best, ..)) => best.id != largest.id,
+            None => true,
+        };
+        if let Some(small) = group.iter().find(not_worse).filter(|small| small.id != largest.id) {
+            let megabytes = |record: &Record| size(record).unwrap_or(0.0) / 1e6;
+            out.push(format!(
+                "{name}: {:.1} MB ({}) are not certainly worse in {} than {:.1} MB.",
+                megabytes(small),
+                case(small, &["task", "model", "adapter", "device", "seed"]),
+                words(figure),
+                megabytes(largest)
+            ));
+        }
+    }
+    out
+}
+
+/// Which device setting decodes fastest.
+fn devices(records: &[Record]) -> Vec<String> {
+    let mut out = Vec::new();
+    for (name, group) in groups(records, "device") {
+        let mut rates: Vec<(&Record, &Figure)> =
+            group.iter().filter_map(|record| Some((*record, record.figures.get("decode_rate")?))).collect();
+        rates.sort_by(|a, b| b.1.value.total_cmp(&a.1.value));
+        let [(best, fast), .., (worst, slow)] = rates.as_slice() else { continue };
+        let certain = match (fast.interval, slow.interval) {
+            (Some(fast), Some(slow)) => fast.0 > slow.1,
+            _ => false,
+        };
+        if certain {
+            out.push(format!(
+                "{name}: {} decodes {:.2} times as fast as {} ({:.1} against {:.1} tokens/s).",
+                best.case["device"],
+                fast.value / slow.value,
+                worst.case["device"],
+                fast.value,
+                slow.value
+            ));
+        }
+    }
+    out
+}
+
+/// Which few layers cost most of the quality.
+fn costly_layers(name: &str, layers: &[Layer]) -> impl Iterator<Item = String> {
+    let mut costs: Vec<(&str, f64)> =
+        layers.iter().filter_map(|layer| Some((layer.name.as_str(), layer.sensitivity?))).collect();
+    let total: f64 = costs.iter().map(|cost| cost.1.max(0.0)).sum();
+    costs.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let most = costs.len() / 4;
+    let mut sum = 0.0;
+    let count = costs.iter().take_while(|cost| {
+        let go_on = sum < 0.4 * total;
+        sum += cost.1;
+        go_on
+    });
+    let count = count.count();
+    let sentence = (total > 0.0 && count > 0 && count <= most).then(|| {
+        let names: Vec<&str> = costs[..count].iter().map(|cost| cost.0).collect();
+        let share: f64 = costs[..count].iter().map(|cost| cost.1).sum::<f64>() / total;
+        format!(
+            "{name}: {} cost {:.0}% of the KL that the formats cost each alone.",
+            names.join(" and "),
+            100.0 * share
+        )
+    });
+    sentence.into_iter()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bootstrap::Item;
+    use crate::figures::{Measured, RECORD_VERSION};
+
+    fn record(case: &[(&str, &str)], kl: f64, bytes: f64) -> Record {
+        let mut measured = Measured::default();
+        let items = (0..30).map(|i| Item { sum: kl * (1.0 + 0.3 * f64::from(i % 5)), weight: 1.0 }).collect();
+        measured.add("second_half_kl", items, "nats", Better::Lower);
+        measured.add_exact("model_bytes", bytes, "bytes", Better::Lower);
+        Record {
+            version: RECORD_VERSION,
+            id: format!("{kl}{bytes}"),
+            sweep: None,
+            case: case.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect(),
+            figures: measured.figures,
+            items: measured.items,
+            layers: Vec::new(),
+            environment: BTreeMap::new(),
+            seconds: 0.0,
+            ended: 0,
+        }
+    }
+
+    #[test]
+    fn the_best_policy_of_a_budget_is_named_if_it_is_certain() {
+        let at = |policy, kl| record(&[("policy", policy), ("budget", "3"), ("task", "text")], kl, 1e6);
+        let said = recommendations(&[at("solve", 0.5), at("uniform", 0.8), at("paper", 0.7)], &[]);
+        assert!(said[0].contains("take the policy solve") && said[0].contains("of paper (-29%)"), "{said:?}");
+        let said = recommendations(&[at("solve", 0.5), at("uniform", 0.5)], &[]);
+        assert!(said[0].contains("no difference is certain"), "{said:?}");
+    }
+
+    #[test]
+    fn few_layers_that_cost_most_are_named() {
+        let layer =
+            |index: usize, cost| Layer { name: format!("block.{index}"), sensitivity: Some(cost), ..Layer::default() };
+        let layers: Vec<Layer> = (0..12).map(|i| layer(i, if i == 3 || i == 7 { 1.0 } else { 0.1 })).collect();
+        let said = recommendations(&[], &[("m".into(), layers)]);
+        assert_eq!(said, ["m: block.3 and block.7 cost 67% of the KL that the formats cost each alone."]);
+        // Evenly spread: nothing to say.
+        let even: Vec<Layer> = (0..12).map(|i| layer(i, 0.1)).collect();
+        assert!(recommendations(&[], &[("m".into(), even)]).is_empty());
+    }
+
+    #[test]
+    fn rates_must_be_apart() {
+        let at = |device: &str, rates: &[f64]| {
+            let mut measured = Measured::default();
+            let items = rates.iter().map(|&sum| Item { sum, weight: 1.0 }).collect();
+            measured.add("decode_rate", items, "tokens/s", Better::Higher);
+            Record { figures: measured.figures, ..record(&[("device", device)], 1.0, 1.0) }
+        };
+        let apart = recommendations(&[at("1 thread", &[10.0, 11.0, 10.5]), at("2 threads", &[18.0, 19.0, 18.5])], &[]);
+        assert!(apart[0].contains("2 threads decodes 1.76 times as fast as 1 thread"), "{apart:?}");
+        assert!(recommendations(&[at("a", &[10.0, 19.0, 11.0]), at("b", &[18.0, 9.0, 13.0])], &[]).is_empty());
+    }
+}
