@@ -27,6 +27,7 @@ mod repo;
 mod streaming;
 mod suite;
 mod synth_model;
+mod telemetry;
 mod toolchain;
 mod train_fixture;
 
@@ -60,6 +61,7 @@ enum Task {
     CheckLoraGguf(checks::CheckLoraGguf),
     CheckLatency(latency::CheckLatency),
     CheckStreaming(streaming::CheckStreaming),
+    CheckTelemetry(telemetry::CheckTelemetry),
     ArchCheck(architecture::ArchCheck),
     BenchDevice(device::BenchDevice),
     BuildAndroid(android::BuildAndroid),
@@ -86,6 +88,7 @@ fn main() -> ExitCode {
         Task::CheckLoraGguf(task) => task.run(),
         Task::CheckLatency(task) => task.run(),
         Task::CheckStreaming(task) => task.run(),
+        Task::CheckTelemetry(task) => task.run(),
         Task::ArchCheck(task) => task.run(),
         Task::BenchDevice(task) => task.run(),
         Task::BuildAndroid(task) => task.run(),
