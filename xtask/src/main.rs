@@ -28,6 +28,7 @@ mod streaming;
 mod suite;
 mod sweep;
 mod synth_model;
+mod telemetry;
 mod toolchain;
 mod train_fixture;
 
@@ -62,6 +63,7 @@ enum Task {
     CheckLatency(latency::CheckLatency),
     CheckStreaming(streaming::CheckStreaming),
     RegressionSweep(sweep::RegressionSweep),
+    CheckTelemetry(telemetry::CheckTelemetry),
     ArchCheck(architecture::ArchCheck),
     BenchDevice(device::BenchDevice),
     BuildAndroid(android::BuildAndroid),
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Task::CheckLatency(task) => task.run(),
         Task::CheckStreaming(task) => task.run(),
         Task::RegressionSweep(task) => task.run(),
+        Task::CheckTelemetry(task) => task.run(),
         Task::ArchCheck(task) => task.run(),
         Task::BenchDevice(task) => task.run(),
         Task::BuildAndroid(task) => task.run(),

@@ -14,7 +14,7 @@ mod slices;
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use edgellm_kernels::{
@@ -50,6 +50,8 @@ pub struct Decoder {
     head: Option<Linear>,
     rope: RopeTable,
     device: Device,
+    /// Bytes of the blocks' packed matrices, once somebody asked.
+    block_bytes: Arc<OnceLock<Vec<u64>>>,
 }
 
 /// A hidden state, where the last block left it.
@@ -126,7 +128,7 @@ impl Decoder {
         }
         let (inv_freq, magnitude) = config.inv_freq();
         let rope = RopeTable::new(inv_freq, magnitude, device.clone());
-        Ok(Self { config, embedding, store, final_norm, head, rope, device })
+        Ok(Self { config, embedding, store, final_norm, head, rope, device, block_bytes: Arc::default() })
     }
 
     /// The model's configuration.
@@ -153,6 +155,7 @@ impl Decoder {
     #[must_use]
     pub fn with_store(mut self, store: Arc<dyn WeightStore>) -> Self {
         self.store = store;
+        self.block_bytes = Arc::default();
         self
     }
 
@@ -320,7 +323,8 @@ impl Decoder {
 
     /// Bytes of a block's packed matrices: what running it reads.
     fn block_bytes(&self, index: usize) -> u64 {
-        self.store.layouts(index).map_or(0, |layouts| layouts.iter().map(PackedLayout::bytes).sum())
+        let of = |index| self.store.layouts(index).map_or(0, |layouts| layouts.iter().map(PackedLayout::bytes).sum());
+        self.block_bytes.get_or_init(|| (0..self.n_blocks()).map(of).collect())[index]
     }
 
     /// Runs `block` in the place of block `index` on the hidden state `x`, `[batch, tokens, d]`, from position 0.

@@ -23,7 +23,7 @@ use super::totals::{Named, Pass};
 use super::trace_file::Ended;
 
 /// Operators are timed in one of so many decoded tokens, and activations read in one of so many passes.
-const EVERY: u64 = 8;
+const EVERY: u64 = 32;
 const ACTIVATIONS_EVERY: u64 = 64;
 /// Passes of many tokens between two readings of activations.
 const WIDE_EVERY: u64 = 16;
