@@ -263,7 +263,7 @@ mod tests {
             |index: usize, cost| Layer { name: format!("block.{index}"), sensitivity: Some(cost), ..Layer::default() };
         let layers: Vec<Layer> = (0..12).map(|i| layer(i, if i == 3 || i == 7 { 1.0 } else { 0.1 })).collect();
         let said = recommendations(&[], &[("m".into(), layers)]);
-        assert_eq!(said, ["m: block.3 and block.7 cost 67% of the KL that the formats cost each alone."]);
+        assert_eq!(said, ["m: block.3 and block.7 cost 67% of the KL of all layers, each measured alone."]);
         // Evenly spread: nothing to say.
         let even: Vec<Layer> = (0..12).map(|i| layer(i, 0.1)).collect();
         assert!(recommendations(&[], &[("m".into(), even)]).is_empty());

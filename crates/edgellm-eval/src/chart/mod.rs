@@ -86,7 +86,7 @@ fn number(value: f64) -> String {
 /// A chart as a part of a page: as wide as there is room, its ground and ink in the page's CSS variables `--ground`, `--ink` and
 /// `--grid`, with a description for those who do not see it.
 pub fn themed(svg: &str, description: &str) -> String {
-    let svg = svg.replace(STYLE, "");
+    let svg = svg.replace(STYLE, "").replace(" xmlns=\"http://www.w3.org/2000/svg\"", "");
     let mut out =
         svg.replace("#1F2328", "var(--ink)").replace("#FFFFFF", "var(--ground)").replace("#D0D7DE", "var(--grid)");
     if let (Some(start), Some(view)) = (out.find("<svg"), out.find("viewBox=")) {

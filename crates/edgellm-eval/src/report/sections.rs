@@ -20,8 +20,11 @@ pub(super) struct Section {
     pub(super) body: String,
 }
 
+/// What makes a section's body.
+type Make = fn(&Inputs) -> String;
+
 pub(super) fn all(inputs: &Inputs) -> Vec<Section> {
-    let parts: [(&str, &str, fn(&Inputs) -> String); 11] = [
+    let parts: [(&'static str, &'static str, Make); 11] = [
         ("summary", "What was run", summary),
         ("recommendations", "Recommendations", advice),
         ("pareto", "Size and quality", pareto),
@@ -34,7 +37,7 @@ pub(super) fn all(inputs: &Inputs) -> Vec<Section> {
         ("devices", "Devices", devices),
         ("figures", "All figures", figures),
     ];
-    let section = |(id, title, make): (&'static str, &'static str, fn(&Inputs) -> String)| {
+    let section = |(id, title, make): (&'static str, &'static str, Make)| {
         let body = make(inputs);
         (!body.is_empty()).then_some(Section { id, title, body })
     };
@@ -56,13 +59,16 @@ fn summary(inputs: &Inputs) -> String {
     }
     rows.extend(inputs.models.iter().map(|(name, layers)| vec![name.clone(), format!("{} layers", layers.len())]));
     out.push_str(&table(&["", ""], &rows));
-    for (name, values) in environments(&inputs.records) {
-        let values: Vec<String> = values.into_iter().collect();
-        let _ = write!(out, "<span class=\"quiet\">{}: {}</span><br>\n", escape(&name), escape(&values.join(", ")));
+    let environment: Vec<String> = environments(&inputs.records)
+        .into_iter()
+        .map(|(name, values)| format!("{name} {}", values.into_iter().collect::<Vec<_>>().join(", ")))
+        .collect();
+    if !environment.is_empty() {
+        let _ = writeln!(out, "<p class=\"quiet\">{}</p>", escape(&environment.join(" · ")));
     }
     if !inputs.problems.is_empty() {
         let items: String = inputs.problems.iter().map(|p| format!("<li>{}</li>", escape(p))).collect();
-        let _ = write!(out, "<p>What could not be read is left out:</p>\n<ul>{items}</ul>\n");
+        let _ = writeln!(out, "<p>What could not be read is left out:</p>\n<ul>{items}</ul>");
     }
     out
 }
@@ -90,9 +96,12 @@ fn pareto(inputs: &Inputs) -> String {
     for name in QUALITY {
         let mut series: BTreeMap<String, Series> = BTreeMap::new();
         let mut sizes = BTreeSet::new();
-        for record in &inputs.records {
+        let with_it: Vec<&Record> = inputs.records.iter().filter(|r| r.figures.contains_key(name)).collect();
+        let mut without = common(&with_it);
+        without.extend(["budget", "seed"]);
+        for record in with_it.iter().copied() {
             let (Some(figure), Some(bytes)) = (record.figures.get(name), size(record)) else { continue };
-            let label = label(record, &["budget", "seed"]);
+            let label = label(record, &without);
             let line = record.case.contains_key("budget");
             let entry = series.entry(label.clone()).or_insert_with(|| Series {
                 label,
@@ -120,10 +129,18 @@ fn pareto(inputs: &Inputs) -> String {
     out
 }
 
-/// What tells records apart, without these names, and without what all have in common.
+/// The names that have one value in all of these records.
+fn common<'a>(records: &[&'a Record]) -> Vec<&'a str> {
+    let Some(first) = records.first() else { return Vec::new() };
+    let same = |(name, value): &(&String, &String)| records.iter().all(|r| r.case.get(name.as_str()) == Some(value));
+    first.case.iter().filter(same).map(|(name, _)| name.as_str()).collect()
+}
+
+/// What tells a record from others, without these names; of a record that nothing tells apart, its policy.
 fn label(record: &Record, without: &[&str]) -> String {
-    let named = record.case.iter().filter(|(name, _)| !without.contains(&name.as_str()) && *name != "model");
-    named.map(|(_, value)| value.as_str()).collect::<Vec<_>>().join(", ")
+    let named = record.case.iter().filter(|(name, _)| !without.contains(&name.as_str()));
+    let label = named.map(|(_, value)| value.as_str()).collect::<Vec<_>>().join(", ");
+    if label.is_empty() { record.case.get("policy").cloned().unwrap_or_else(|| record.id.clone()) } else { label }
 }
 
 fn layers(inputs: &Inputs) -> String {
@@ -141,7 +158,7 @@ fn layers(inputs: &Inputs) -> String {
         let bits = layers.iter().filter_map(|l| Some(Bar::bits(l.name.clone(), l.bits?, l.sparsity.unwrap_or(0.0))));
         let bits: Vec<Bar> = bits.collect();
         if !bits.is_empty() {
-            let _ = write!(out, "<h3>{}</h3>\n", escape(name));
+            let _ = writeln!(out, "<h3>{}</h3>", escape(name));
             out.push_str(&shown(bars(&format!("{name}: bits"), BITS, &bits), &format!("{name}: bits by layer")));
         }
         let total: f64 = layers.iter().filter_map(|l| l.sensitivity).sum();
@@ -160,7 +177,7 @@ fn layers(inputs: &Inputs) -> String {
         }
     }
     if models.len() > MOST_MODELS {
-        let _ = write!(out, "<p class=\"quiet\">{} more are not drawn.</p>\n", models.len() - MOST_MODELS);
+        let _ = writeln!(out, "<p class=\"quiet\">{} more are not drawn.</p>", models.len() - MOST_MODELS);
     }
     out
 }
