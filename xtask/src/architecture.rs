@@ -20,6 +20,7 @@ const TOP_LEVEL: [&str; 9] = [
     "crates",
     "docs",
     "fixtures",
+    "sweeps",
     "rust-toolchain.toml",
     "xtask",
 ];

@@ -213,12 +213,9 @@ fn costly_layers(name: &str, layers: &[Layer]) -> impl Iterator<Item = String> {
     let count = count.count();
     let sentence = (total > 0.0 && count > 0 && count <= most).then(|| {
         let names: Vec<&str> = costs[..count].iter().map(|cost| cost.0).collect();
-        let share: f64 = costs[..count].iter().map(|cost| cost.1).sum::<f64>() / total;
-        format!(
-            "{name}: {} cost {:.0}% of the KL that the formats cost each alone.",
-            names.join(" and "),
-            100.0 * share
-        )
+        let share = 100.0 * costs[..count].iter().map(|cost| cost.1).sum::<f64>() / total;
+        let (names, cost) = (names.join(" and "), if count == 1 { "costs" } else { "cost" });
+        format!("{name}: {names} {cost} {share:.0}% of the KL of all layers, each measured alone.")
     });
     sentence.into_iter()
 }
