@@ -29,6 +29,7 @@ mod heldout;
 mod items;
 mod metrics;
 mod multiple_choice;
+mod names;
 mod perplexity;
 mod questions;
 mod recommendations;
@@ -57,5 +58,5 @@ pub use perplexity::{
     Perplexity, Strided, perplexity, perplexity_in_steps, strided_perplexity, strided_perplexity_in_steps,
 };
 pub use questions::{QuestionFile, Scoring, read_questions};
-pub use recommendations::recommendations;
+pub use recommendations::{recommendations, run_recommendations};
 pub use windows::Progress;

@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use super::{COLOURS, GRID, GROUND, INK, draw, failed, number, range};
+use super::{COLOURS, GRID, GROUND, INK, draw, failed, range, ticks::Axis};
 use crate::error::Result;
 
 /// Width and height in pixels.
@@ -11,7 +11,7 @@ const SIZE: (u32, u32) = (900, 560);
 const MOST_MARKERS: usize = 60;
 
 /// Points of one kind, joined by a line or not.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Series {
     /// What it is called in the legend.
     pub label: String,
@@ -21,10 +21,12 @@ pub struct Series {
     pub line: bool,
     /// `(x, low, high)`: vertical lines of uncertainty.
     pub intervals: Vec<(f64, f64, f64)>,
+    /// Drawn thin and pale, in the colour of the series after it, and not in the legend.
+    pub pale: bool,
 }
 
 /// What a chart says around its points.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Chart<'a> {
     /// Above everything.
     pub title: &'a str,
@@ -34,6 +36,32 @@ pub struct Chart<'a> {
     pub y: &'a str,
     /// Whether the vertical axis is logarithmic; points at or below 0 are left out then.
     pub log_y: bool,
+    /// The same of the horizontal axis.
+    pub log_x: bool,
+}
+
+impl Series {
+    /// Points that are joined.
+    pub fn line(label: impl Into<String>, points: Vec<(f64, f64)>) -> Self {
+        Self { label: label.into(), points, line: true, ..Self::default() }
+    }
+
+    /// Only what has a place in the chart, in its coordinates.
+    fn placed(&self, chart: &Chart<'_>) -> Self {
+        let place = |value: f64, log: bool| if log { value.log10() } else { value };
+        let at = |x: f64, y: f64| (place(x, chart.log_x), place(y, chart.log_y));
+        let points = self.points.iter().map(|&(x, y)| at(x, y)).filter(|(x, y)| x.is_finite() && y.is_finite());
+        let intervals = self.intervals.iter().map(|&(x, low, high)| (at(x, low), at(x, high)));
+        let intervals = intervals.map(|((x, low), (_, high))| (x, low, high));
+        let whole = |&(x, low, high): &(f64, f64, f64)| x.is_finite() && low.is_finite() && high.is_finite();
+        Self { points: points.collect(), intervals: intervals.filter(whole).collect(), ..self.clone() }
+    }
+
+    /// All that must fit into the chart.
+    fn extent(&self) -> impl Iterator<Item = (f64, f64)> + '_ {
+        let ends = self.intervals.iter().flat_map(|&(x, low, high)| [(x, low), (x, high)]);
+        self.points.iter().copied().chain(ends)
+    }
 }
 
 impl Chart<'_> {
@@ -42,35 +70,19 @@ impl Chart<'_> {
     /// # Errors
     /// There is no point to show.
     pub fn points(&self, series: &[Series]) -> Result<String> {
-        let shown = |&(x, y): &(f64, f64)| x.is_finite() && y.is_finite() && (!self.log_y || y > 0.0);
-        let place = |y: f64| if self.log_y { y.log10() } else { y };
-        let series: Vec<Series> = series
-            .iter()
-            .map(|s| Series {
-                points: s.points.iter().copied().filter(shown).collect(),
-                intervals: s
-                    .intervals
-                    .iter()
-                    .copied()
-                    .filter(|&(x, low, high)| shown(&(x, low)) && shown(&(x, high)))
-                    .collect(),
-                ..s.clone()
-            })
-            .filter(|s| !s.points.is_empty())
-            .collect();
-        let ends =
-            |s: &Series| s.intervals.iter().flat_map(|&(x, low, high)| [(x, low), (x, high)]).collect::<Vec<_>>();
-        let all = || series.iter().flat_map(|s| s.points.iter().copied().chain(ends(s)));
-        let (Some(x), Some(y)) = (range(all().map(|p| p.0)), range(all().map(|p| place(p.1)))) else {
+        let series: Vec<Series> = series.iter().map(|s| s.placed(self)).filter(|s| !s.points.is_empty()).collect();
+        let all = || series.iter().flat_map(Series::extent);
+        let (Some(x), Some(y)) = (range(all().map(|p| p.0)), range(all().map(|p| p.1))) else {
             return Err(failed("there is no point to show"));
         };
+        let corner = free_corner(all(), x, y);
         draw(SIZE, |area| {
             let mut chart = ChartBuilder::on(area)
                 .caption(self.title, ("sans-serif", 20).into_font().color(&INK))
                 .margin(16)
                 .x_label_area_size(46)
                 .y_label_area_size(72)
-                .build_cartesian_2d(x.0..x.1, y.0..y.1)
+                .build_cartesian_2d(Axis::new(x, self.log_x, 10), Axis::new(y, self.log_y, 8))
                 .map_err(failed)?;
             let text = ("sans-serif", 14).into_font().color(&INK);
             chart
@@ -82,23 +94,28 @@ impl Chart<'_> {
                 .axis_desc_style(text.clone())
                 .x_desc(self.x)
                 .y_desc(self.y)
-                .x_labels(10)
-                .y_labels(8)
-                .x_label_formatter(&|x| number(*x))
-                .y_label_formatter(&|y| number(if self.log_y { 10f64.powf(*y) } else { *y }))
                 .draw()
                 .map_err(failed)?;
-            for (index, series) in series.iter().enumerate() {
+            // A pale series has the colour of the one that follows, so that it takes no number.
+            let mut index = 0;
+            for series in &series {
                 let colour = COLOURS[index % COLOURS.len()];
-                let points: Vec<(f64, f64)> = series.points.iter().map(|p| (p.0, place(p.1))).collect();
+                let points = series.points.iter().copied();
+                if series.pale {
+                    let line = LineSeries::new(points, colour.mix(0.3).stroke_width(1));
+                    chart.draw_series(line).map_err(failed)?;
+                    continue;
+                }
                 if series.line {
-                    let line = LineSeries::new(points.iter().copied(), colour.stroke_width(2));
+                    let line = LineSeries::new(points.clone(), colour.stroke_width(2));
                     chart.draw_series(line).map_err(failed)?;
                 }
                 for &(x, low, high) in &series.intervals {
-                    let line = PathElement::new(vec![(x, place(low)), (x, place(high))], colour.stroke_width(1));
+                    let line = PathElement::new(vec![(x, low), (x, high)], colour.stroke_width(1));
                     chart.draw_series(std::iter::once(line)).map_err(failed)?;
                 }
+                let shape = index % 3;
+                index += 1;
                 if series.line && points.len() > MOST_MARKERS {
                     let line = LineSeries::new(std::iter::empty(), colour.stroke_width(2));
                     let legend = move |(x, y)| PathElement::new(vec![(x, y), (x + 16, y)], colour.stroke_width(2));
@@ -106,9 +123,9 @@ impl Chart<'_> {
                     continue;
                 }
                 // A circle, a triangle or a cross, so that colour is not all that tells series apart.
-                let (points, fill, stroke) = (points.iter().copied(), colour.filled(), colour.stroke_width(2));
+                let (fill, stroke) = (colour.filled(), colour.stroke_width(2));
                 let at = |(x, y)| (x + 8, y);
-                match index % 3 {
+                match shape {
                     0 => chart
                         .draw_series(points.map(|p| Circle::new(p, 4, fill)))
                         .map_err(failed)?
@@ -126,15 +143,37 @@ impl Chart<'_> {
                         .legend(move |p| Cross::new(at(p), 4, stroke)),
                 };
             }
+            if index < 2 && series.iter().all(|s| s.label.is_empty()) {
+                return Ok(());
+            }
             chart
                 .configure_series_labels()
-                .position(SeriesLabelPosition::UpperRight)
-                .background_style(GROUND)
+                .position(corner)
+                .background_style(GROUND.mix(0.8))
                 .border_style(GRID)
                 .label_font(text)
                 .margin(10)
                 .draw()
                 .map_err(failed)
         })
+    }
+}
+
+/// The corner with the fewest points, for the legend; of equal ones the upper right.
+fn free_corner(points: impl Iterator<Item = (f64, f64)>, x: (f64, f64), y: (f64, f64)) -> SeriesLabelPosition {
+    let mut counts = [0usize; 4];
+    for point in points {
+        let (right, up) = ((point.0 - x.0) / (x.1 - x.0), (point.1 - y.0) / (y.1 - y.0));
+        let places =
+            [(right > 0.65, up > 0.6), (right < 0.35, up > 0.6), (right > 0.65, up < 0.4), (right < 0.35, up < 0.4)];
+        for (count, place) in counts.iter_mut().zip(places) {
+            *count += usize::from(place == (true, true));
+        }
+    }
+    match (0..4).min_by_key(|corner| counts[*corner]) {
+        Some(1) => SeriesLabelPosition::UpperLeft,
+        Some(2) => SeriesLabelPosition::LowerRight,
+        Some(3) => SeriesLabelPosition::LowerLeft,
+        _ => SeriesLabelPosition::UpperRight,
     }
 }

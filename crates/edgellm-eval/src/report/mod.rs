@@ -11,7 +11,8 @@ mod series;
 use crate::figures::{Layer, Record};
 
 pub use page::page;
-pub use read::{Metrics, read_metrics, read_records};
+pub use read::{Lines, Metrics, read_lines, read_metrics, read_records};
+pub(crate) use sections::{STAGES, passes, stage_seconds};
 
 /// What a report is made of.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -15,8 +15,6 @@ mod eval;
 mod failure;
 mod inspect;
 mod interrupt;
-#[cfg(feature = "results")]
-mod live;
 mod logits;
 mod measure;
 mod memory;

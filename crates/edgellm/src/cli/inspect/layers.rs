@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use edgellm::eval::Layer;
 use edgellm::eval::chart::{self, Bar};
 use edgellm::model::files::ModelFiles;
 use edgellm::model::values::{Budget, CompressionPolicy, LayerFormat, Projection, Unit};
@@ -63,12 +64,8 @@ fn unit_of(name: &str) -> Option<Unit> {
     Projection::ALL.into_iter().find(|p| p.weight_name(block) == name).map(|p| Unit::Linear(block, p))
 }
 
-/// Draws a compressed model's layers.
-pub(super) fn draw(files: &ModelFiles, path: &Path) -> anyhow::Result<()> {
-    crate::cli::check_output_file(path)?;
-    if files.quantization().is_none() {
-        return Err(Usage(format!("--chart: expected a compressed model, found {}", files.path().display())).into());
-    }
+/// The matrices of a model by block, and what is beside blocks.
+fn parts(files: &ModelFiles) -> anyhow::Result<Parts> {
     let mut parts = Parts::new();
     for name in files.names() {
         let [rows, cols] = files.shape(name)?[..] else { continue };
@@ -77,6 +74,28 @@ pub(super) fn draw(files: &ModelFiles, path: &Path) -> anyhow::Result<()> {
         let part = parts.entry(part_of(name)).or_default();
         part.add(weights, layout.bytes(), sparsity_of(files, name)?, layout.format.name());
     }
+    Ok(parts)
+}
+
+/// A model's layers as reports show them.
+pub(in crate::cli) fn units(files: &ModelFiles) -> anyhow::Result<Vec<Layer>> {
+    let layer = |((_, unit), part): ((usize, String), Part)| Layer {
+        name: unit,
+        bits: Some(part.bits_per_weight()),
+        sparsity: Some(part.sparsity()),
+        bytes: Some(part.bytes),
+        ..Layer::default()
+    };
+    Ok(parts(files)?.into_iter().map(layer).collect())
+}
+
+/// Draws a compressed model's layers.
+pub(super) fn draw(files: &ModelFiles, path: &Path) -> anyhow::Result<()> {
+    crate::cli::check_output_file(path)?;
+    if files.quantization().is_none() {
+        return Err(Usage(format!("--chart: expected a compressed model, found {}", files.path().display())).into());
+    }
+    let parts = parts(files)?;
     let bar = |((_, unit), part): (&(usize, String), &Part)| {
         Bar::bits(format!("{unit} {}", part.formats()), part.bits_per_weight(), part.sparsity())
     };

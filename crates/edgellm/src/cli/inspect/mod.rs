@@ -1,6 +1,6 @@
 //! `edgellm inspect`: what is in a model directory, GGUF file, adapter, policy, measurement or device profile.
 
-mod layers;
+pub(super) mod layers;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -189,7 +189,7 @@ fn draw(measurement: &Measurement, points: &[Point], measured: &[Measured]) -> a
     let mut series: Vec<Series> = Vec::new();
     let mut add = |label: String, point: (f64, f64), line| match series.iter_mut().find(|s| s.label == label) {
         Some(known) => known.points.push(point),
-        None => series.push(Series { label, points: vec![point], line, intervals: Vec::new() }),
+        None => series.push(Series { label, points: vec![point], line, ..Series::default() }),
     };
     for point in points {
         if let Some(PolicyCost { bytes, sensitivity: Some(kl), .. }) = point.found {
@@ -204,7 +204,8 @@ fn draw(measurement: &Measurement, points: &[Point], measured: &[Measured]) -> a
         series.points.dedup();
     }
     let title = format!("{}: divergence against size ({})", measurement.model, measurement.compressor);
-    let chart = Chart { title: &title, x: "MB of packed weights", y: "KL per token (nats)", log_y: true };
+    let chart =
+        Chart { title: &title, x: "MB of packed weights", y: "KL per token (nats)", log_y: true, ..Chart::default() };
     Ok(chart.points(&series)?)
 }
 

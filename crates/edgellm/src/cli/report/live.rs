@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tiny_http::{Header, Method, Request, Response, Server};
 
-use super::{Context, interrupt};
+use crate::cli::{Context, interrupt, output};
 
 /// How often a signal is looked for.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -19,7 +19,7 @@ pub(super) fn serve(ctx: &Context, port: u16, page: &dyn Fn() -> anyhow::Result<
     let server = Server::http(("127.0.0.1", port))
         .map_err(|e| anyhow::anyhow!("--live {port}: the port cannot be opened: {e}"))?;
     let address = server.server_addr().to_ip().ok_or_else(|| anyhow::anyhow!("--live: no address"))?;
-    super::output::print(&format!("http://{address}/\n"))?;
+    output::print(&format!("http://{address}/\n"))?;
     ctx.say("Ctrl-C ends it");
     while !interrupt::requested() {
         let Some(request) = server.recv_timeout(PATIENCE)? else { continue };

@@ -1,16 +1,19 @@
 //! `edgellm report`: one HTML file of runs, sweeps and models; with `--live`, a page that follows a run.
 
+mod layers;
+#[cfg(feature = "results")]
+mod live;
+
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use edgellm::eval::Layer;
-use edgellm::eval::report::{Inputs, page, read_metrics, read_records};
-use edgellm::luc::bits_per_weight;
+use edgellm::eval::report::{Inputs, Lines, page, read_lines};
 use edgellm::model::files::ModelFiles;
 use edgellm::model::io::atomic_write;
-use edgellm::model::values::{Measurement, read_value};
+use edgellm::model::values::read_value;
 use serde_json::json;
 
+use self::layers::Found;
 use super::failure::Usage;
 use super::output::bytes;
 use super::{Context, check_output_file};
@@ -47,13 +50,16 @@ impl Report {
         }
         #[cfg(feature = "results")]
         if let Some(port) = self.live {
-            return super::live::serve(ctx, port, &|| {
-                let inputs = self.inputs()?;
+            if let Some(path) = self.runs.iter().find(|path| !path.exists()) {
+                return Err(Usage(format!("{}: expected a file or a folder, found nothing", path.display())).into());
+            }
+            return live::serve(ctx, port, &|| {
+                let inputs = self.inputs(true)?;
                 Ok(page(&Inputs { refresh: Some(2), ..inputs }))
             });
         }
         let Some(path) = &self.output else { return Err(Usage("expected --output".into()).into()) };
-        let inputs = self.inputs()?;
+        let inputs = self.inputs(false)?;
         let html = page(&inputs);
         atomic_write(path, html.as_bytes())?;
         for problem in &inputs.problems {
@@ -66,18 +72,24 @@ impl Report {
         ctx.result(json, || format!("wrote {}, {}\n", path.display(), bytes(html.len() as u64)))
     }
 
-    /// Everything that the runs hold. What cannot be read is a problem on the page, unless nothing can.
-    fn inputs(&self) -> anyhow::Result<Inputs> {
-        let mut inputs = Inputs::default();
-        let mut first = None;
+    /// Everything that the runs hold. What cannot be read is a problem on the page, unless nothing can; where the page follows
+    /// a run, there may be nothing yet.
+    fn inputs(&self, follows: bool) -> anyhow::Result<Inputs> {
+        let (mut inputs, mut found) = (Inputs::default(), Found::default());
+        let (mut first, mut problems) = (None, Vec::new());
+        let mut failed = |error: anyhow::Error| {
+            problems.push(super::failure::message(&error, false));
+            first.get_or_insert(error);
+        };
         for path in &self.runs {
-            if let Err(error) = self.read(path, &mut inputs) {
-                inputs.problems.push(super::failure::message(&error, false));
-                first.get_or_insert(error);
+            if let Err(error) = self.read(path, &mut inputs, &mut found) {
+                failed(error);
             }
         }
+        inputs.models = found.layers(&mut failed);
+        inputs.problems.extend(problems);
         let nothing = inputs.metrics.is_empty() && inputs.records.is_empty() && inputs.models.is_empty();
-        if let Some(error) = first.filter(|_| nothing) {
+        if let Some(error) = first.filter(|_| nothing && !follows) {
             return Err(error);
         }
         let names: Vec<String> = self.runs.iter().map(|path| name_of(path)).collect();
@@ -85,29 +97,24 @@ impl Report {
         Ok(inputs)
     }
 
-    fn read(&self, path: &Path, inputs: &mut Inputs) -> anyhow::Result<()> {
+    fn read(&self, path: &Path, inputs: &mut Inputs, found: &mut Found) -> anyhow::Result<()> {
         if path.is_dir() {
             if path.join("config.json").is_file() {
-                inputs.models.push((name_of(path), model_layers(path)?));
+                found.models.push((name_of(path), ModelFiles::open(path)?));
                 return Ok(());
             }
             return self.read_results(path, inputs);
         }
         if path.extension().is_some_and(|extension| extension == "jsonl") {
-            match read_metrics(path) {
-                Ok((metrics, problems)) => {
-                    inputs.metrics.push(metrics);
-                    inputs.problems.extend(problems);
-                }
-                Err(no_metrics) => {
-                    let Ok((records, problems)) = read_records(path) else { return Err(no_metrics.into()) };
-                    inputs.records.extend(records);
-                    inputs.problems.extend(problems);
-                }
+            let (lines, problems) = read_lines(path)?;
+            match lines {
+                Lines::Metrics(runs) => inputs.metrics.extend(runs),
+                Lines::Records(records) => inputs.records.extend(records),
             }
+            inputs.problems.extend(problems);
             return Ok(());
         }
-        inputs.models.push((name_of(path), measured_layers(&read_value(path)?)));
+        found.measurements.push((name_of(path), read_value(path)?));
         Ok(())
     }
 
@@ -125,48 +132,4 @@ impl Report {
 
 fn name_of(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
-}
-
-/// Bits of every block of a model, and of what is beside them.
-fn model_layers(path: &Path) -> anyhow::Result<Vec<Layer>> {
-    let files = ModelFiles::open(path)?;
-    let mut parts: Vec<(String, u64, u64)> = Vec::new();
-    for name in files.names() {
-        let [rows, cols] = files.shape(name)?[..] else { continue };
-        let weights = (rows as u64).saturating_mul(cols as u64);
-        let bytes = files.layout(name)?.bytes();
-        let unit = match name.split('.').collect::<Vec<_>>()[..] {
-            ["model", "layers", index, ..] => format!("block.{index}"),
-            ["model", "embed_tokens", ..] => "embedding".to_owned(),
-            _ => name.to_owned(),
-        };
-        match parts.iter_mut().find(|part| part.0 == unit) {
-            Some(part) => {
-                part.1 += weights;
-                part.2 += bytes;
-            }
-            None => parts.push((unit, weights, bytes)),
-        }
-    }
-    let number = |name: &str| name.strip_prefix("block.").and_then(|n| n.parse().ok()).unwrap_or(usize::MAX);
-    parts.sort_by_key(|part| number(&part.0));
-    let layer = |(name, weights, bytes): (String, u64, u64)| Layer {
-        name,
-        bits: Some(bits_per_weight(bytes, weights)),
-        bytes: Some(bytes),
-        ..Layer::default()
-    };
-    Ok(parts.into_iter().map(layer).collect())
-}
-
-/// What each unit of a measurement costs in the option nearest to 3 bits per weight: a width at which layers differ.
-fn measured_layers(measurement: &Measurement) -> Vec<Layer> {
-    let width = |option: usize| (f64::from(measurement.options[option].bit_width) - 3.0).abs();
-    let narrow = (0..measurement.options.len()).min_by(|&a, &b| width(a).total_cmp(&width(b)));
-    let units = measurement.units.iter().map(|unit| Layer {
-        name: unit.unit.to_string(),
-        sensitivity: narrow.and_then(|option| unit.kl.get(option)).copied(),
-        ..Layer::default()
-    });
-    units.collect()
 }

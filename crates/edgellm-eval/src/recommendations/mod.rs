@@ -4,6 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::compare::{Verdict, compare};
 use crate::figures::{Better, Figure, Layer, Record};
+use crate::names::Names;
+
+mod curves;
+mod runs;
+
+pub use runs::run_recommendations;
 
 /// Figures of quality, the most telling first.
 pub(crate) const QUALITY: [&str; 6] =
@@ -19,18 +25,18 @@ pub(crate) fn size(record: &Record) -> Option<f64> {
     record.figures.get("model_bytes").or(record.figures.get("weights_bytes")).map(|figure| figure.value)
 }
 
-/// All recommendations, in sentences.
+/// All recommendations of records and of models' layers, in sentences.
 pub fn recommendations(records: &[Record], models: &[(String, Vec<Layer>)]) -> Vec<String> {
-    let mut out = policies(records);
-    out.extend(votes(records));
-    out.extend(smallest_without_loss(records));
-    out.extend(devices(records));
+    let names = Names::of(records);
+    let mut out = policies(records, &names);
+    out.extend(curves::knees(records, &names));
+    out.extend(smallest_without_loss(records, &names));
+    out.extend(votes(records, &names));
+    out.extend(devices(records, &names));
     let mut told = BTreeSet::new();
     for record in records {
-        out.extend(
-            costly_layers(&case(record, &["task", "device", "adapter"]), &record.layers)
-                .filter(|s| told.insert(s.clone())),
-        );
+        let name = names.name(record, &["task", "device", "adapter", "vote", "seed"]);
+        out.extend(costly_layers(&name, &record.layers).filter(|s| told.insert(s.clone())));
     }
     for (name, layers) in models {
         out.extend(costly_layers(name, layers));
@@ -38,18 +44,19 @@ pub fn recommendations(records: &[Record], models: &[(String, Vec<Layer>)]) -> V
     out
 }
 
-/// A record's case in words, without these names.
-fn case(record: &Record, without: &[&str]) -> String {
-    let named = record.case.iter().filter(|(name, _)| !without.contains(&name.as_str()));
-    named.map(|(name, value)| format!("{name} {value}")).collect::<Vec<_>>().join(", ")
+/// `sentence` about `what`, which may be empty.
+fn about(what: &str, sentence: &str) -> String {
+    if !what.is_empty() {
+        return format!("{what}: {sentence}");
+    }
+    let mut letters = sentence.chars();
+    letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
 }
 
-/// Records that agree in everything but one name.
-fn groups<'a>(records: &'a [Record], varied: &str) -> BTreeMap<String, Vec<&'a Record>> {
-    let mut groups: BTreeMap<String, Vec<&Record>> = BTreeMap::new();
-    for record in records.iter().filter(|record| record.case.contains_key(varied)) {
-        groups.entry(case(record, &[varied])).or_default().push(record);
-    }
+/// Records that agree in everything but one name, which all of them have.
+fn groups<'a>(records: &'a [Record], names: &Names, varied: &str) -> BTreeMap<String, Vec<&'a Record>> {
+    let with_it = records.iter().filter(|record| record.case.contains_key(varied));
+    let mut groups = names.groups(with_it, &[varied]);
     groups.retain(|_, group| group.len() > 1);
     groups
 }
@@ -74,9 +81,9 @@ fn words(figure: &str) -> String {
 }
 
 /// Which policy is best at each budget.
-fn policies(records: &[Record]) -> Vec<String> {
+fn policies(records: &[Record], names: &Names) -> Vec<String> {
     let mut out = Vec::new();
-    for (name, group) in groups(records, "policy") {
+    for (name, group) in groups(records, names, "policy") {
         // Without a budget, policies differ in size, and "better" would only mean "larger".
         if !group.iter().all(|record| record.case.contains_key("budget")) {
             continue;
@@ -91,26 +98,23 @@ fn policies(records: &[Record]) -> Vec<String> {
         sorted.sort_by(|a, b| order(&a).total_cmp(&order(&b)));
         let (best, next) = (sorted[0], sorted[1]);
         let policy = |record: &Record| record.case["policy"].clone();
-        match better(best, next, figure) {
-            Some((_, found, other)) => out.push(format!(
-                "{name}: take the policy {}: {} {found:.4}, against {other:.4} of {} ({:+.0}%).",
+        let sentence = match better(best, next, figure) {
+            Some((_, found, other)) => format!(
+                "take the policy {}: {} {found:.4}, against {other:.4} of {} ({:+.0}%).",
                 policy(best),
                 words(figure),
                 policy(next),
                 100.0 * (found / other - 1.0)
-            )),
-            None => out.push(format!(
-                "{name}: between the policies {} and {} no difference is certain.",
-                policy(best),
-                policy(next)
-            )),
-        }
+            ),
+            None => format!("between the policies {} and {} no difference is certain.", policy(best), policy(next)),
+        };
+        out.push(about(&name, &sentence));
     }
     out
 }
 
 /// Whether a vote or an earlier exit beats the last one.
-fn votes(records: &[Record]) -> Vec<String> {
+fn votes(records: &[Record], names: &Names) -> Vec<String> {
     let mut out = Vec::new();
     for record in records {
         let Some(main) = record.items.get("heldout_loss") else { continue };
@@ -126,24 +130,20 @@ fn votes(records: &[Record]) -> Vec<String> {
         if let Some((name, found)) = best {
             let name = name.trim_start_matches("heldout_loss_").replace('_', " ");
             let (low, high) = found.interval;
-            out.push(format!(
-                "{}: decide by {name}: its loss is {:.4} nats less than that of the first vote ({:.4} to {:.4}).",
-                case(record, &[]),
-                -found.difference,
-                -high,
-                -low
-            ));
+            let sentence = format!(
+                "decide by {name}: its loss is {:.4} nats less than that of the first vote ({:.4} to {:.4}).",
+                -found.difference, -high, -low
+            );
+            out.push(about(&names.label(record, &[]), &sentence));
         }
     }
     out
 }
 
 /// The smallest model of a task that is not certainly worse than the best.
-fn smallest_without_loss(records: &[Record]) -> Vec<String> {
-    let mut by_task: BTreeMap<String, Vec<&Record>> = BTreeMap::new();
-    for record in records.iter().filter(|record| quality(record).is_some() && size(record).is_some()) {
-        by_task.entry(case(record, &["policy", "budget", "seed"])).or_default().push(record);
-    }
+fn smallest_without_loss(records: &[Record], names: &Names) -> Vec<String> {
+    let judged = records.iter().filter(|record| quality(record).is_some() && size(record).is_some());
+    let by_task = names.groups(judged, &["policy", "budget", "seed"]);
     let mut out = Vec::new();
     for (name, mut group) in by_task.into_iter().filter(|(_, group)| group.len() > 2) {
         let Some((figure, _)) = quality(group[0]) else { continue };
@@ -159,22 +159,23 @@ fn smallest_without_loss(records: &[Record]) -> Vec<String> {
         };
         if let Some(small) = group.iter().find(not_worse).filter(|small| small.id != largest.id) {
             let megabytes = |record: &Record| size(record).unwrap_or(0.0) / 1e6;
-            out.push(format!(
-                "{name}: {:.1} MB ({}) are not certainly worse in {} than {:.1} MB.",
+            let sentence = format!(
+                "{:.1} MB ({}) are not certainly worse in {} than {:.1} MB.",
                 megabytes(small),
-                case(small, &["task", "model", "adapter", "device", "seed"]),
+                names.name(small, &["task", "model", "adapter", "device", "seed"]),
                 words(figure),
                 megabytes(largest)
-            ));
+            );
+            out.push(about(&name, &sentence));
         }
     }
     out
 }
 
 /// Which device setting decodes fastest.
-fn devices(records: &[Record]) -> Vec<String> {
+fn devices(records: &[Record], names: &Names) -> Vec<String> {
     let mut out = Vec::new();
-    for (name, group) in groups(records, "device") {
+    for (name, group) in groups(records, names, "device") {
         let mut rates: Vec<(&Record, &Figure)> =
             group.iter().filter_map(|record| Some((*record, record.figures.get("decode_rate")?))).collect();
         rates.sort_by(|a, b| b.1.value.total_cmp(&a.1.value));
@@ -184,14 +185,15 @@ fn devices(records: &[Record]) -> Vec<String> {
             _ => false,
         };
         if certain {
-            out.push(format!(
-                "{name}: {} decodes {:.2} times as fast as {} ({:.1} against {:.1} tokens/s).",
+            let sentence = format!(
+                "{} decodes {:.2} times as fast as {} ({:.1} against {:.1} tokens/s).",
                 best.case["device"],
                 fast.value / slow.value,
                 worst.case["device"],
                 fast.value,
                 slow.value
-            ));
+            );
+            out.push(about(&name, &sentence));
         }
     }
     out
@@ -213,20 +215,33 @@ fn costly_layers(name: &str, layers: &[Layer]) -> impl Iterator<Item = String> {
     let count = count.count();
     let sentence = (total > 0.0 && count > 0 && count <= most).then(|| {
         let names: Vec<&str> = costs[..count].iter().map(|cost| cost.0).collect();
-        let share = 100.0 * costs[..count].iter().map(|cost| cost.1).sum::<f64>() / total;
-        let (names, cost) = (names.join(" and "), if count == 1 { "costs" } else { "cost" });
-        format!("{name}: {names} {cost} {share:.0}% of the KL of all layers, each measured alone.")
+        let share: f64 = costs[..count].iter().map(|cost| cost.1).sum::<f64>() / total;
+        format!(
+            "{name}: {} cost{} {:.0}% of the KL of all layers, each measured alone.",
+            listed(&names),
+            if count == 1 { "s" } else { "" },
+            100.0 * share
+        )
     });
     sentence.into_iter()
 }
 
+/// `a`, `a and b`, `a, b and c`.
+fn listed(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => (*one).to_owned(),
+        [most @ .., last] => format!("{} and {last}", most.join(", ")),
+    }
+}
+
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::bootstrap::Item;
     use crate::figures::{Measured, RECORD_VERSION};
 
-    fn record(case: &[(&str, &str)], kl: f64, bytes: f64) -> Record {
+    pub(crate) fn record(case: &[(&str, &str)], kl: f64, bytes: f64) -> Record {
         let mut measured = Measured::default();
         let items = (0..30).map(|i| Item { sum: kl * (1.0 + 0.3 * f64::from(i % 5)), weight: 1.0 }).collect();
         measured.add("second_half_kl", items, "nats", Better::Lower);
@@ -275,7 +290,7 @@ mod tests {
             Record { figures: measured.figures, ..record(&[("device", device)], 1.0, 1.0) }
         };
         let apart = recommendations(&[at("1 thread", &[10.0, 11.0, 10.5]), at("2 threads", &[18.0, 19.0, 18.5])], &[]);
-        assert!(apart[0].contains("2 threads decodes 1.76 times as fast as 1 thread"), "{apart:?}");
+        assert!(apart[0].starts_with("2 threads decodes 1.76 times as fast as 1 thread"), "{apart:?}");
         assert!(recommendations(&[at("a", &[10.0, 19.0, 11.0]), at("b", &[18.0, 9.0, 13.0])], &[]).is_empty());
     }
 }
