@@ -114,12 +114,12 @@ pub fn stacked(title: &str, names: &[&str], rows: &[Parts]) -> Result<String> {
     let labels: Vec<&str> = rows.iter().map(|row| row.label.as_str()).collect();
     draw(size(rows.len()), |area| {
         frame(area, title, &labels)?;
-        let mut at = LEFT;
+        let mut at = 16;
         for (index, name) in names.iter().enumerate() {
             let mark = Rectangle::new([(at, 42), (at + 10, 52)], COLOURS[index % COLOURS.len()].filled());
             area.draw(&mark).map_err(failed)?;
             say(area, name, (at + 15, 40))?;
-            at += 34 + 8 * name.chars().count() as i32;
+            at += 30 + 7 * name.chars().count() as i32;
         }
         let scale = f64::from(WIDTH - LEFT - 16 - WORDS) / most;
         for (row, parts) in rows.iter().enumerate() {

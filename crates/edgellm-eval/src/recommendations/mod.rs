@@ -1,12 +1,13 @@
 //! What follows from measured figures, in words with numbers. Nothing is said of a difference that may be chance.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::compare::{Verdict, compare};
 use crate::figures::{Better, Figure, Layer, Record};
 use crate::names::Names;
 
 mod curves;
+mod layers;
 mod runs;
 
 pub use runs::run_recommendations;
@@ -33,14 +34,9 @@ pub fn recommendations(records: &[Record], models: &[(String, Vec<Layer>)]) -> V
     out.extend(smallest_without_loss(records, &names));
     out.extend(votes(records, &names));
     out.extend(devices(records, &names));
-    let mut told = BTreeSet::new();
-    for record in records {
-        let name = names.name(record, &["task", "device", "adapter", "vote", "seed"]);
-        out.extend(costly_layers(&name, &record.layers).filter(|s| told.insert(s.clone())));
-    }
-    for (name, layers) in models {
-        out.extend(costly_layers(name, layers));
-    }
+    let of_record = |record| (names.name(record, &["task", "device", "adapter", "vote", "seed"]), &record.layers);
+    let all = records.iter().map(of_record).chain(models.iter().map(|(name, layers)| (name.clone(), layers)));
+    out.extend(layers::costly(all.map(|(name, layers)| (name, layers.as_slice()))));
     out
 }
 
@@ -199,33 +195,6 @@ fn devices(records: &[Record], names: &Names) -> Vec<String> {
     out
 }
 
-/// Which few layers cost most of the quality.
-fn costly_layers(name: &str, layers: &[Layer]) -> impl Iterator<Item = String> {
-    let mut costs: Vec<(&str, f64)> =
-        layers.iter().filter_map(|layer| Some((layer.name.as_str(), layer.sensitivity?))).collect();
-    let total: f64 = costs.iter().map(|cost| cost.1.max(0.0)).sum();
-    costs.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let most = costs.len() / 4;
-    let mut sum = 0.0;
-    let count = costs.iter().take_while(|cost| {
-        let go_on = sum < 0.4 * total;
-        sum += cost.1;
-        go_on
-    });
-    let count = count.count();
-    let sentence = (total > 0.0 && count > 0 && count <= most).then(|| {
-        let names: Vec<&str> = costs[..count].iter().map(|cost| cost.0).collect();
-        let share: f64 = costs[..count].iter().map(|cost| cost.1).sum::<f64>() / total;
-        format!(
-            "{name}: {} cost{} {:.0}% of the KL of all layers, each measured alone.",
-            listed(&names),
-            if count == 1 { "s" } else { "" },
-            100.0 * share
-        )
-    });
-    sentence.into_iter()
-}
-
 /// `a`, `a and b`, `a, b and c`.
 fn listed(names: &[&str]) -> String {
     match names {
@@ -264,21 +233,9 @@ pub(crate) mod tests {
     fn the_best_policy_of_a_budget_is_named_if_it_is_certain() {
         let at = |policy, kl| record(&[("policy", policy), ("budget", "3"), ("task", "text")], kl, 1e6);
         let said = recommendations(&[at("solve", 0.5), at("uniform", 0.8), at("paper", 0.7)], &[]);
-        assert!(said[0].contains("take the policy solve") && said[0].contains("of paper (-29%)"), "{said:?}");
+        assert!(said[0].starts_with("Take the policy solve") && said[0].contains("of paper (-29%)"), "{said:?}");
         let said = recommendations(&[at("solve", 0.5), at("uniform", 0.5)], &[]);
         assert!(said[0].contains("no difference is certain"), "{said:?}");
-    }
-
-    #[test]
-    fn few_layers_that_cost_most_are_named() {
-        let layer =
-            |index: usize, cost| Layer { name: format!("block.{index}"), sensitivity: Some(cost), ..Layer::default() };
-        let layers: Vec<Layer> = (0..12).map(|i| layer(i, if i == 3 || i == 7 { 1.0 } else { 0.1 })).collect();
-        let said = recommendations(&[], &[("m".into(), layers)]);
-        assert_eq!(said, ["m: block.3 and block.7 cost 67% of the KL of all layers, each measured alone."]);
-        // Evenly spread: nothing to say.
-        let even: Vec<Layer> = (0..12).map(|i| layer(i, 0.1)).collect();
-        assert!(recommendations(&[], &[("m".into(), even)]).is_empty());
     }
 
     #[test]

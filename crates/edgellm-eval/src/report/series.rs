@@ -26,18 +26,24 @@ pub(super) fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.chunks(stretch).flat_map(ends).collect()
 }
 
-/// The mean of every value and those before it, the older the less: half of the weight lies on the last `half` values.
+/// The mean of every value and those around it, the farther the less: half of the weight on each side lies on the nearest
+/// `half` values.
 pub(super) fn smoothed(points: &[(f64, f64)], half: f64) -> Vec<(f64, f64)> {
     let keep = 0.5f64.powf(1.0 / half);
-    let (mut sum, mut weight) = (0.0, 0.0);
-    points
-        .iter()
-        .map(|&(x, y)| {
-            sum = keep * sum + y;
-            weight = keep * weight + 1.0;
-            (x, sum / weight)
-        })
-        .collect()
+    // Sums and weights of a value and those before it.
+    let one_side = |values: &mut dyn Iterator<Item = f64>| -> Vec<(f64, f64)> {
+        values
+            .scan((0.0, 0.0), |(sum, weight), y| {
+                (*sum, *weight) = (keep * *sum + y, keep * *weight + 1.0);
+                Some((*sum, *weight))
+            })
+            .collect()
+    };
+    let before = one_side(&mut points.iter().map(|p| p.1));
+    let after = one_side(&mut points.iter().rev().map(|p| p.1));
+    let sides = before.into_iter().zip(after.into_iter().rev());
+    let mean = |(&(x, y), (a, b)): (&(f64, f64), ((f64, f64), (f64, f64)))| (x, (a.0 + b.0 - y) / (a.1 + b.1 - 1.0));
+    points.iter().zip(sides).map(mean).collect()
 }
 
 #[cfg(test)]
@@ -59,5 +65,14 @@ mod tests {
     fn a_constant_stays_what_it_is() {
         let points = [(0.0, 3.0), (1.0, 3.0), (2.0, 3.0)];
         assert!(smoothed(&points, 2.0).iter().all(|p| (p.1 - 3.0).abs() < 1e-12));
+    }
+
+    #[test]
+    fn a_mean_does_not_lag() {
+        let line: Vec<(f64, f64)> = (0..101).map(|i| (f64::from(i), f64::from(i))).collect();
+        let smooth = smoothed(&line, 5.0);
+        assert!((smooth[50].1 - 50.0).abs() < 1e-2, "{:?}", smooth[50]);
+        assert!(smooth[0].1 > 0.0 && smooth[100].1 < 100.0);
+        assert!(smoothed(&[], 5.0).is_empty());
     }
 }
