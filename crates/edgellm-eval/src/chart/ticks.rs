@@ -91,7 +91,7 @@ mod tests {
             logarithmic(low.log10(), high.log10(), 8).iter().map(|m| (10f64.powf(*m) * 1e6).round() / 1e6).collect()
         };
         assert_eq!(back(0.008, 0.28), [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2]);
-        assert_eq!(back(0.0008, 0.28), [0.001, 0.003, 0.01, 0.03, 0.1]);
+        assert_eq!(back(0.0008, 0.28), [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2]);
         assert_eq!(back(2.1, 2.9), [2.2, 2.4, 2.6, 2.8]);
         assert_eq!(back(0.001, 1000.0).len(), 7);
     }
