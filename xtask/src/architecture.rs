@@ -12,7 +12,7 @@ use xshell::cmd;
 use crate::repo;
 
 /// Everything the top level may hold besides dot-files and licences.
-const TOP_LEVEL: [&str; 9] = [
+const TOP_LEVEL: [&str; 10] = [
     "CHANGELOG.md",
     "Cargo.lock",
     "Cargo.toml",
@@ -20,6 +20,7 @@ const TOP_LEVEL: [&str; 9] = [
     "crates",
     "docs",
     "fixtures",
+    "sweeps",
     "rust-toolchain.toml",
     "xtask",
 ];
