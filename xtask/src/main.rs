@@ -9,6 +9,7 @@ mod android;
 mod architecture;
 mod binary;
 mod bindings;
+mod browser;
 mod checks;
 mod compare;
 mod cross;
@@ -61,6 +62,7 @@ enum Task {
     CheckPeft(checks::CheckPeft),
     CheckLoraGguf(checks::CheckLoraGguf),
     CheckLatency(latency::CheckLatency),
+    CheckReport(browser::CheckReport),
     CheckStreaming(streaming::CheckStreaming),
     RegressionSweep(sweep::RegressionSweep),
     CheckTelemetry(telemetry::CheckTelemetry),
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Task::CheckPeft(task) => task.run(),
         Task::CheckLoraGguf(task) => task.run(),
         Task::CheckLatency(task) => task.run(),
+        Task::CheckReport(task) => task.run(),
         Task::CheckStreaming(task) => task.run(),
         Task::RegressionSweep(task) => task.run(),
         Task::CheckTelemetry(task) => task.run(),

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use xshell::{Cmd, cmd};
 
+use crate::browser::{self, Browser};
 use crate::edgellm::{Edgellm, SMOLLM2};
 use crate::toolchain::Toolchain;
 use crate::{android, bindings, checks, cross, demo, device, golden, ios, jetson, repo, sweep};
@@ -40,7 +41,7 @@ struct Step {
 const NO_LAVAPIPE: &str = "no lavapipe (Debian: mesa-vulkan-drivers)";
 const NO_GOLDEN: &str = "no ../shared/golden";
 
-const STEPS: [Step; 39] = [
+const STEPS: [Step; 40] = [
     Step { name: "format", quick: true, run: format },
     Step { name: "lints", quick: true, run: lints },
     Step { name: "tests", quick: true, run: tests },
@@ -51,6 +52,7 @@ const STEPS: [Step; 39] = [
         quick: true,
         run: || sweep::check(&Edgellm::build(&[])?.quietly()).map(Outcome::Passed),
     },
+    Step { name: "report in a browser", quick: true, run: report_in_a_browser },
     Step { name: "bindings: C", quick: false, run: bindings::c },
     Step { name: "bindings: Python", quick: false, run: bindings::python },
     Step { name: "bindings: Kotlin", quick: false, run: bindings::kotlin },
@@ -211,6 +213,11 @@ fn doc_tests() -> Result<Outcome> {
 
 fn demo_run() -> Result<Outcome> {
     demo::on_fixture().map(Outcome::Passed)
+}
+
+fn report_in_a_browser() -> Result<Outcome> {
+    let Some(browser) = Browser::find()? else { return Ok(Outcome::NotRun("no chromium".to_owned())) };
+    browser::check(&Edgellm::build(&[])?.quietly(), &browser).map(Outcome::Passed)
 }
 
 /// Mesa's software Vulkan driver, which is the same everywhere, so that wgpu's results do not depend on the machine.
