@@ -42,8 +42,9 @@ pub(super) fn smoothed(points: &[(f64, f64)], half: f64) -> Vec<(f64, f64)> {
     let before = one_side(&mut points.iter().map(|p| p.1));
     let after = one_side(&mut points.iter().rev().map(|p| p.1));
     let sides = before.into_iter().zip(after.into_iter().rev());
-    let mean = |(&(x, y), (a, b)): (&(f64, f64), ((f64, f64), (f64, f64)))| (x, (a.0 + b.0 - y) / (a.1 + b.1 - 1.0));
-    points.iter().zip(sides).map(mean).collect()
+    // The value itself is on both sides.
+    let with_sides = points.iter().zip(sides);
+    with_sides.map(|(&(x, y), (a, b))| (x, (a.0 + b.0 - y) / (a.1 + b.1 - 1.0))).collect()
 }
 
 #[cfg(test)]

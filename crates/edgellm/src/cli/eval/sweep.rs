@@ -206,8 +206,12 @@ impl Sweep<'_> {
             remove(partial)?;
             remove(output)?;
         }
-        let arguments: Vec<String> =
+        let mut arguments: Vec<String> =
             stage.arguments.iter().map(|argument| self.argument(argument, partial.as_deref())).collect();
+        let checkpoints = partial.as_ref().map(|path| path.with_file_name(format!("{}.checkpoints", file_name(path))));
+        if stage.kind == StageKind::Adapt && checkpoints.is_some_and(|folder| folder.is_dir()) {
+            arguments.push("--resume".into());
+        }
         let start = Instant::now();
         let found = child::json([stage.kind.command().to_owned()].into_iter().chain(arguments));
         stop_if_requested()?;
