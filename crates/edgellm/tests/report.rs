@@ -25,8 +25,8 @@ fn a_run_a_measurement_and_a_model_make_one_page() {
         "adapt -m model --data train.jsonl --eval-data heldout.jsonl --template alpaca --steps 6 --batch 2 --exits 2 \
          --window 2 -o adapter --metrics run.jsonl",
     );
-    bench.ok("measure -m model --calibrate text.txt --calibrate-context 32 -o measured.json");
-    bench.ok("plan --measurement measured.json --bits-per-weight 4 -o policy.toml");
+    bench.ok("measure -m model -o measured.json --bits 3,4 --group-size 32 --text text.txt --calibrate-windows 1 --calibrate-context 64");
+    bench.ok("plan --measurement measured.json --target-bpw 5.5 -o policy.toml");
     bench.ok("compress -m model --policy policy.toml --compressor rtn -o small");
     let said = bench.json("report run.jsonl measured.json small -o page.html --title <b>mine");
     assert_eq!((&said["metrics"], &said["models"]), (&1.into(), &1.into()), "{said}");
