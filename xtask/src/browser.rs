@@ -59,7 +59,11 @@ impl Browser {
 
     /// What a page has become, and what its console said.
     fn open(&self, address: &str) -> Result<(String, Vec<String>)> {
-        let output = self.command().args(["--dump-dom", address]).output()?;
+        self.open_with(address, &[])
+    }
+
+    fn open_with(&self, address: &str, more: &[&str]) -> Result<(String, Vec<String>)> {
+        let output = self.command().args(more).args(["--dump-dom", address]).output()?;
         ensure!(output.status.success(), "{} {address}: {}", self.program, output.status);
         let log = String::from_utf8_lossy(&output.stderr);
         let console = log.lines().filter(|line| line.contains("CONSOLE")).map(str::to_owned).collect();
@@ -257,7 +261,8 @@ fn live(edgellm: &Edgellm, browser: &Browser, folder: &Path) -> Result<()> {
     let mut child = Ended(command.spawn()?);
     let mut address = String::new();
     BufReader::new(child.0.stdout.take().context("an output")?).read_line(&mut address)?;
-    let (dom, console) = browser.open(address.trim())?;
+    // Long enough, in the page's time, that it fetches itself again some times.
+    let (dom, console) = browser.open_with(address.trim(), &["--virtual-time-budget=10000"])?;
     ensure!(console.is_empty(), "the console of the live page says: {}", console.join("; "));
     ensure!(dom.contains("<section id=\"loss\">"), "expected the loss on the live page, found: {dom:.300}");
     Ok(())

@@ -182,7 +182,7 @@ fn devices(records: &[Record], names: &Names) -> Vec<String> {
         };
         if certain {
             let sentence = format!(
-                "{} decodes {:.2} times as fast as {} ({:.1} against {:.1} tokens/s).",
+                "with '{}' decoding is {:.2} times as fast as with '{}' ({:.1} against {:.1} tokens/s).",
                 best.case["device"],
                 fast.value / slow.value,
                 worst.case["device"],
@@ -247,7 +247,10 @@ pub(crate) mod tests {
             Record { figures: measured.figures, ..record(&[("device", device)], 1.0, 1.0) }
         };
         let apart = recommendations(&[at("1 thread", &[10.0, 11.0, 10.5]), at("2 threads", &[18.0, 19.0, 18.5])], &[]);
-        assert!(apart[0].starts_with("2 threads decodes 1.76 times as fast as 1 thread"), "{apart:?}");
+        assert!(
+            apart[0].starts_with("With '2 threads' decoding is 1.76 times as fast as with '1 thread'"),
+            "{apart:?}"
+        );
         assert!(recommendations(&[at("a", &[10.0, 19.0, 11.0]), at("b", &[18.0, 9.0, 13.0])], &[]).is_empty());
     }
 }
