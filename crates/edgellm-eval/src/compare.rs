@@ -24,6 +24,8 @@ pub enum Verdict {
     Unclear,
     /// Both have no sample: the values differ or not, and that is all.
     Untested,
+    /// Measured on other data, or on other items of it: the difference says nothing about the models.
+    Incomparable,
 }
 
 /// A figure of two runs.
@@ -41,19 +43,21 @@ pub struct Compared {
     pub verdict: Verdict,
 }
 
-/// Compares the figures that both runs have. Where both have as many items, these are the same in the same order if both runs
-/// are of the same task on the same data, and are compared in pairs; otherwise intervals that do not touch decide.
+/// Compares the figures that both runs have. Runs on the same [`sample`](Record::sample) have the same items in the same
+/// order, which are compared in pairs. Figures without items (such as calibration errors) are told apart by intervals that do
+/// not touch.
 pub fn compare(first: &Record, second: &Record) -> Vec<Compared> {
-    let same_task = first.case.get("task") == second.case.get("task");
+    let same_sample = first.sample == second.sample;
     let mut out = Vec::new();
     for (name, a) in &first.figures {
         let Some(b) = second.figures.get(name) else { continue };
         let items = (first.items.get(name), second.items.get(name));
         let difference = match items {
-            (Some(x), Some(y)) if same_task && same_sample(x, y) => paired_difference(x, y, SEED),
+            (Some(x), Some(y)) if same_sample && same_weights(x, y) => paired_difference(x, y, SEED),
             _ => None,
         };
         let verdict = match (&difference, a.interval, b.interval) {
+            (_, Some(_), Some(_)) if !same_sample => Verdict::Incomparable,
             (Some(found), ..) if found.p < LEVEL => towards(found.difference, b.better),
             (Some(_), ..) => Verdict::Unclear,
             (None, Some(x), Some(y)) if x.1 < y.0 || y.1 < x.0 => towards(b.value - a.value, b.better),
@@ -65,7 +69,7 @@ pub fn compare(first: &Record, second: &Record) -> Vec<Compared> {
     out
 }
 
-fn same_sample(a: &[crate::bootstrap::Item], b: &[crate::bootstrap::Item]) -> bool {
+fn same_weights(a: &[crate::bootstrap::Item], b: &[crate::bootstrap::Item]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.weight == b.weight)
 }
 
@@ -179,6 +183,7 @@ mod tests {
             version: RECORD_VERSION,
             id: "0".into(),
             sweep: None,
+            sample: Some("abc".into()),
             case: [("task".to_owned(), "t".to_owned())].into(),
             figures: measured.figures,
             items: measured.items,
@@ -198,8 +203,13 @@ mod tests {
         assert_eq!(compare(&record(&more), &record(&values))[0].verdict, Verdict::Better);
         assert_eq!(compare(&record(&values), &record(&values))[0].verdict, Verdict::Unclear);
         assert_eq!(found[1].verdict, Verdict::Untested);
-        // Other items: only intervals that do not touch would say anything.
+        // Fewer items of the same sample are no pairs.
         assert_eq!(compare(&record(&values), &record(&more[..20]))[0].verdict, Verdict::Unclear);
+        // Other data of the same size: a difference that would be clear in pairs says nothing.
+        let other = Record { sample: Some("def".into()), ..record(&more) };
+        let found = compare(&record(&values), &other);
+        assert_eq!((&found[0].difference, found[0].verdict), (&None, Verdict::Incomparable));
+        assert_eq!(found[1].verdict, Verdict::Untested);
     }
 
     #[test]

@@ -7,9 +7,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// Time between two readings of a sensor.
@@ -22,21 +20,44 @@ enum Source {
     Counters(Vec<(PathBuf, u64)>),
     /// Millivolts and milliamperes.
     Board { millivolts: PathBuf, milliamperes: PathBuf },
+    /// Microwatts; the sign differs between devices.
+    BatteryPower(PathBuf),
     /// Microvolts and microamperes; the sign of the current differs between devices.
     Battery { microvolts: PathBuf, microamperes: PathBuf },
 }
 
-/// Measures energy from [`start`](Self::start) to [`joules`](Self::joules).
+/// Measures energy from [`start`](Self::start) on.
 #[derive(Debug)]
 pub struct EnergyMeter {
     source: Source,
-    running: Running,
+    reading: Reading,
 }
 
 #[derive(Debug)]
-enum Running {
-    Counters(Vec<u64>),
-    Sampled { stop: Arc<AtomicBool>, thread: JoinHandle<Option<f64>> },
+enum Reading {
+    /// The last value of each counter, and microjoules so far.
+    Counters { last: Vec<u64>, sum: u64 },
+    /// Which a thread carries on until the meter is dropped.
+    Sampled(Arc<Mutex<Integral>>),
+}
+
+/// Power over time, by the trapezoidal rule.
+#[derive(Debug)]
+struct Integral {
+    /// `None` once the device stopped telling.
+    watts: Option<f64>,
+    time: Instant,
+    joules: f64,
+}
+
+impl Integral {
+    fn go_on(&mut self, watts: Option<f64>) {
+        let now = Instant::now();
+        if let (Some(before), Some(watts)) = (self.watts, watts) {
+            self.joules += 0.5 * (before + watts) * (now - self.time).as_secs_f64();
+        }
+        (self.watts, self.time) = (self.watts.and(watts), now);
+    }
 }
 
 impl EnergyMeter {
@@ -47,18 +68,20 @@ impl EnergyMeter {
 
     fn start_at(root: &Path) -> Option<Self> {
         let source = find(root)?;
-        let running = match &source {
+        let reading = match &source {
             Source::Counters(counters) => {
-                Running::Counters(counters.iter().map(|(path, _)| number(path)).collect::<Option<_>>()?)
+                let last = counters.iter().map(|(path, _)| number(path)).collect::<Option<_>>()?;
+                Reading::Counters { last, sum: 0 }
             }
-            Source::Board { .. } | Source::Battery { .. } => {
-                let stop = Arc::new(AtomicBool::new(false));
-                let (source, stopped) = (source.clone(), Arc::clone(&stop));
-                let thread = std::thread::spawn(move || sampled(|| watts(&source), &stopped));
-                Running::Sampled { stop, thread }
+            Source::Board { .. } | Source::Battery { .. } | Source::BatteryPower(_) => {
+                let integral = Integral { watts: Some(watts(&source)?), time: Instant::now(), joules: 0.0 };
+                let integral = Arc::new(Mutex::new(integral));
+                let (source, shared) = (source.clone(), Arc::downgrade(&integral));
+                std::thread::spawn(move || sample(&source, &shared));
+                Reading::Sampled(integral)
             }
         };
-        Some(Self { source, running })
+        Some(Self { source, reading })
     }
 
     /// What is measured: `processor`, `board` or `device`.
@@ -66,25 +89,45 @@ impl EnergyMeter {
         match self.source {
             Source::Counters(_) => "processor",
             Source::Board { .. } => "board",
-            Source::Battery { .. } => "device",
+            Source::Battery { .. } | Source::BatteryPower(_) => "device",
         }
     }
 
-    /// Joules since the start; `None` if the device stopped telling meanwhile.
-    pub fn joules(self) -> Option<f64> {
-        match (self.running, &self.source) {
-            (Running::Counters(before), Source::Counters(counters)) => {
-                let mut microjoules = 0;
-                for (before, (path, range)) in before.into_iter().zip(counters) {
-                    microjoules += since(before, number(path)?, *range);
+    /// Joules since the start; `None` if the device stopped telling meanwhile. Counters must be read before they begin
+    /// again twice (minutes).
+    pub fn joules(&mut self) -> Option<f64> {
+        match (&mut self.reading, &self.source) {
+            (Reading::Counters { last, sum }, Source::Counters(counters)) => {
+                for (last, (path, range)) in last.iter_mut().zip(counters) {
+                    let now = number(path)?;
+                    *sum += since(*last, now, *range);
+                    *last = now;
                 }
-                Some(microjoules as f64 * 1e-6)
+                Some(*sum as f64 * 1e-6)
             }
-            (Running::Sampled { stop, thread }, _) => {
-                stop.store(true, Ordering::Relaxed);
-                thread.join().ok()?
+            (Reading::Counters { .. }, _) => None,
+            (Reading::Sampled(integral), source) => {
+                let mut integral = lock(integral);
+                integral.go_on(watts(source));
+                integral.watts.map(|_| integral.joules)
             }
-            (Running::Counters(_), _) => None,
+        }
+    }
+}
+
+fn lock(integral: &Mutex<Integral>) -> MutexGuard<'_, Integral> {
+    integral.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Carries an integral on while somebody has it and the device tells.
+fn sample(source: &Source, integral: &Weak<Mutex<Integral>>) {
+    loop {
+        std::thread::sleep(PERIOD);
+        let Some(integral) = integral.upgrade() else { return };
+        let mut integral = lock(&integral);
+        integral.go_on(watts(source));
+        if integral.watts.is_none() {
+            return;
         }
     }
 }
@@ -94,27 +137,13 @@ fn since(before: u64, after: u64, range: u64) -> u64 {
     if after >= before { after - before } else { range.saturating_sub(before).saturating_add(after) }
 }
 
-/// The integral of the power over time, by the trapezoidal rule, until `stop`.
-fn sampled(watts: impl Fn() -> Option<f64>, stop: &AtomicBool) -> Option<f64> {
-    let (mut power, mut time, mut joules) = (watts()?, Instant::now(), 0.0);
-    loop {
-        let last = stop.load(Ordering::Relaxed);
-        let (next, now) = (watts()?, Instant::now());
-        joules += 0.5 * (power + next) * (now - time).as_secs_f64();
-        (power, time) = (next, now);
-        if last {
-            return Some(joules);
-        }
-        std::thread::sleep(PERIOD);
-    }
-}
-
 fn watts(source: &Source) -> Option<f64> {
     match source {
         Source::Counters(_) => None,
         Source::Board { millivolts, milliamperes } => {
             Some(number::<f64>(millivolts)? * number::<f64>(milliamperes)? * 1e-6)
         }
+        Source::BatteryPower(microwatts) => Some(number::<f64>(microwatts)?.abs() * 1e-6),
         Source::Battery { microvolts, microamperes } => {
             Some(number::<f64>(microvolts)? * number::<f64>(microamperes)?.abs() * 1e-12)
         }
@@ -181,9 +210,11 @@ fn board(root: &Path) -> Option<Source> {
 fn battery(root: &Path) -> Option<Source> {
     entries(&root.join("class/power_supply")).into_iter().find_map(|supply| {
         let is = |name: &str, value: &str| text(&supply.join(name)).is_some_and(|found| found == value);
-        let source =
+        let power = Source::BatteryPower(supply.join("power_now"));
+        let current =
             Source::Battery { microvolts: supply.join("voltage_now"), microamperes: supply.join("current_now") };
-        (is("type", "Battery") && is("status", "Discharging") && watts(&source).is_some()).then_some(source)
+        let discharges = is("type", "Battery") && is("status", "Discharging");
+        [power, current].into_iter().find(|source| discharges && watts(source).is_some())
     })
 }
 
@@ -225,12 +256,14 @@ mod tests {
                 &[(&file("name"), name), (&file("energy_uj"), value), (&file("max_energy_range_uj"), "10000000")],
             );
         }
-        let meter = EnergyMeter::start_at(root).unwrap();
+        let mut meter = EnergyMeter::start_at(root).unwrap();
         assert_eq!(meter.scope(), "processor");
         let counter = |package| format!("class/powercap/intel-rapl:{package}/energy_uj");
         write(root, &[(&counter(0), "3500000"), (&counter(1), "500000")]);
         assert_eq!(meter.joules(), Some(2.5 + 1.5));
-        let meter = EnergyMeter::start_at(root).unwrap();
+        // Sums go on from reading to reading.
+        write(root, &[(&counter(0), "4000000")]);
+        assert_eq!(meter.joules(), Some(2.5 + 1.5 + 0.5));
         fs::remove_file(root.join(counter(1))).unwrap();
         assert_eq!(meter.joules(), None);
     }
@@ -250,11 +283,32 @@ mod tests {
             ],
         );
         let start = Instant::now();
-        let meter = EnergyMeter::start_at(root.path()).unwrap();
+        let mut meter = EnergyMeter::start_at(root.path()).unwrap();
         assert_eq!(meter.scope(), "board");
         std::thread::sleep(Duration::from_millis(200));
         let joules = meter.joules().unwrap();
         let most = 10.0 * start.elapsed().as_secs_f64();
-        assert!(joules > 1.0 && joules <= most, "{joules} of at most {most}");
+        assert!(joules > 1.9 && joules <= most, "{joules} of at most {most}");
+        // What changes between two readings counts.
+        write(root.path(), &[(&file("curr2_input"), "4000")]);
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(meter.joules().unwrap() > joules + 3.0, "{:?} after {joules}", meter.joules());
+        fs::remove_file(root.path().join(file("in2_input"))).unwrap();
+        assert_eq!(meter.joules(), None);
+    }
+
+    #[test]
+    fn a_battery_tells_power_while_it_discharges() {
+        let root = tempfile::tempdir().unwrap();
+        let file = |name: &str| format!("class/power_supply/BAT0/{name}");
+        let (kind, status) = (file("type"), file("status"));
+        let (volts, amperes, power) = (file("voltage_now"), file("current_now"), file("power_now"));
+        write(root.path(), &[(&kind, "Battery"), (&status, "Discharging"), (&volts, "4000000"), (&amperes, "-500000")]);
+        let mut meter = EnergyMeter::start_at(root.path()).unwrap();
+        assert_eq!((meter.scope(), watts(&meter.source)), ("device", Some(2.0)));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(meter.joules().unwrap() >= 0.04);
+        write(root.path(), &[(&power, "7000000")]);
+        assert_eq!(watts(&EnergyMeter::start_at(root.path()).unwrap().source), Some(7.0));
     }
 }

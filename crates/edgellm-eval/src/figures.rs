@@ -167,6 +167,10 @@ pub struct Record {
     /// The sweep that the run belongs to, if any.
     #[serde(default)]
     pub sweep: Option<String>,
+    /// Which items were measured: 12 hexadecimal digits of a digest of the task's data and of how it is cut. Runs with the
+    /// same have the same items in the same order. None in records of older programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample: Option<String>,
     /// What was varied: `model`, `policy`, `budget`, `adapter`, `vote`, `device`, `task`, `seed`, ... by name.
     pub case: BTreeMap<String, String>,
     /// What was measured.

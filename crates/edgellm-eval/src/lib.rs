@@ -50,7 +50,7 @@ pub use error::{EvalError, Result};
 pub use figures::{Better, Figure, Figures, Layer, Measured, RECORD_VERSION, Record};
 pub use heldout::{ExitLoss, HeldOut, heldout_loss, heldout_loss_in_steps};
 pub use items::{Entry, ItemLog, Steps};
-pub use metrics::{JsonLines, peak_rss_bytes, rss_bytes};
+pub use metrics::{JsonLines, peak_rss_bytes, process_memory, rss_bytes};
 pub use multiple_choice::{
     Accuracy, ChoiceOption, MultipleChoice, Question, multiple_choice, multiple_choice_in_steps,
 };

@@ -78,12 +78,20 @@ pub fn rss_bytes() -> Option<u64> {
     status_bytes("VmRSS:")
 }
 
+/// The physical memory that a process has in use, now and at most so far, in bytes. `None` on systems other than Linux and
+/// Android, and for what is no process.
+pub fn process_memory(process: u32) -> Option<[u64; 2]> {
+    let status = status(&process.to_string())?;
+    Some([parse_status(&status, "VmRSS:")?, parse_status(&status, "VmHWM:")?])
+}
+
 fn status_bytes(name: &str) -> Option<u64> {
-    if cfg!(any(target_os = "linux", target_os = "android")) {
-        parse_status(&std::fs::read_to_string("/proc/self/status").ok()?, name)
-    } else {
-        None
-    }
+    parse_status(&status("self")?, name)
+}
+
+fn status(process: &str) -> Option<String> {
+    let known = cfg!(any(target_os = "linux", target_os = "android"));
+    if known { std::fs::read_to_string(format!("/proc/{process}/status")).ok() } else { None }
 }
 
 fn parse_status(status: &str, name: &str) -> Option<u64> {
@@ -127,6 +135,10 @@ mod tests {
     fn peak_memory_is_read_in_bytes() {
         assert_eq!(parse_status("VmPeak:\t 9 kB\nVmHWM:\t   1234 kB\n", "VmHWM:"), Some(1234 * 1024));
         assert_eq!(parse_status("VmPeak:\t 9 kB\n", "VmHWM:"), None);
+        if let Some([now, most]) = process_memory(std::process::id()) {
+            assert!(0 < now && now <= most && Some(most) <= peak_rss_bytes());
+        }
+        assert_eq!(process_memory(u32::MAX), None);
         if cfg!(target_os = "linux") {
             assert!(peak_rss_bytes().unwrap() > 1 << 20);
         }

@@ -72,6 +72,7 @@ pub(crate) mod tests {
             version: RECORD_VERSION,
             id: "abc".into(),
             sweep: None,
+            sample: None,
             case: case.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect(),
             figures: Figures::new(),
             items: BTreeMap::new(),

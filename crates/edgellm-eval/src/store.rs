@@ -264,6 +264,7 @@ mod tests {
             version: RECORD_VERSION,
             id: id.into(),
             sweep: Some(sweep.into()),
+            sample: None,
             case: [("task".to_owned(), task.to_owned())].into(),
             figures: [("kl".to_owned(), Figure::exact(kl, "nats", Better::Lower))].into(),
             items: Default::default(),

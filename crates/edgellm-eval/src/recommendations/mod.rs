@@ -219,6 +219,7 @@ pub(crate) mod tests {
             version: RECORD_VERSION,
             id: format!("{kl}{bytes}"),
             sweep: None,
+            sample: None,
             case: case.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect(),
             figures: measured.figures,
             items: measured.items,

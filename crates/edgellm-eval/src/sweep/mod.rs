@@ -9,5 +9,5 @@
 mod expand;
 mod template;
 
-pub use expand::{Argument, Case, Expanded, Stage, StageKind, expand};
+pub use expand::{Argument, Case, Everywhere, Expanded, Stage, StageKind, expand};
 pub use template::{Template, TemplateError};

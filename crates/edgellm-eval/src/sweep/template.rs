@@ -79,7 +79,8 @@ pub(super) struct Adapter {
     pub(super) adapt: Option<Options>,
 }
 
-/// Where tasks run: options of every command, such as `threads` or `max-memory`.
+/// Where tasks run: options of `eval` and `bench`, such as `threads` or `max-memory`. Models are compressed and adapters
+/// tuned once for all devices.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Device {

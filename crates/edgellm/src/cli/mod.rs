@@ -129,6 +129,8 @@ pub(crate) struct Context {
     json: bool,
     quiet: bool,
     verbose: u8,
+    /// As it was given.
+    isa: Option<String>,
     threads: Option<u16>,
     max_memory: Option<u64>,
     device: DeviceChoice,
@@ -281,6 +283,7 @@ fn dispatch(cli: Cli, observed: Observed) -> anyhow::Result<ExitCode> {
         json: global.json,
         quiet: global.quiet,
         verbose: global.verbose,
+        isa: global.isa,
         threads,
         max_memory: global.max_memory,
         device: global.device,

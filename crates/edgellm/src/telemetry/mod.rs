@@ -6,7 +6,6 @@
 //! `gradients` and `energy`. Sums of an event are since the one before it. Times of operators are measured in some of the
 //! decoded tokens and scaled to all.
 
-mod energy;
 mod figures;
 mod layer;
 #[cfg(feature = "prometheus")]
@@ -14,18 +13,17 @@ mod prometheus;
 mod totals;
 mod trace_file;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use edgellm_eval::{JsonLines, peak_rss_bytes, rss_bytes};
+use edgellm_eval::{EnergyMeter, JsonLines, peak_rss_bytes, rss_bytes};
 use edgellm_model::ModelError;
 use edgellm_model::decoder::Decoder;
 use edgellm_model::traits::MetricSink;
 use edgellm_model::values::LayerFormat;
 use serde_json::{Map, Value, json};
 
-use self::energy::EnergyMeter;
 use self::figures::Figures;
 use self::trace_file::TraceFile;
 
@@ -76,7 +74,8 @@ struct State {
     before: Totals,
     figures: Figures,
     layers: Vec<LayerFacts>,
-    energy: Option<EnergyMeter>,
+    /// With the joules that were written.
+    energy: Option<(EnergyMeter, f64)>,
     written: Instant,
     failure: Option<ModelError>,
 }
@@ -127,8 +126,11 @@ impl State {
             events.push(("memory", json!({"rss_bytes": rss, "peak_rss_bytes": peak_rss_bytes()})));
         }
         events.extend(self.figures.take());
-        if let Some(meter) = &mut self.energy {
-            events.push(("energy", json!({"joules": meter.read()})));
+        if let Some((meter, written)) = &mut self.energy
+            && let Some(joules) = meter.joules()
+        {
+            events.push(("energy", json!({"joules": joules - *written, "of": meter.scope()})));
+            *written = joules;
         }
         self.before.merge(&since);
         let Some(sink) = &mut self.sink else { return };
@@ -178,7 +180,7 @@ impl Telemetry {
             before: Totals::default(),
             figures: Figures::default(),
             layers: Vec::new(),
-            energy: EnergyMeter::open(Path::new("/sys")),
+            energy: EnergyMeter::start().map(|meter| (meter, 0.0)),
             written: start,
             failure: None,
         };

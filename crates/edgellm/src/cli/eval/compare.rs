@@ -72,6 +72,7 @@ fn row(compared: &Compared) -> Vec<String> {
         Verdict::Worse => "worse",
         Verdict::Unclear => "no clear difference",
         Verdict::Untested => "not tested",
+        Verdict::Incomparable => "other data",
     };
     let (difference, interval, p) = match &compared.difference {
         Some(found) => {

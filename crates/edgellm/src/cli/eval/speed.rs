@@ -36,7 +36,7 @@ pub(super) fn measure(
     // Once more, so that reading sensors does not slow the others down.
     let energy = match EnergyMeter::start() {
         None => None,
-        Some(meter) => {
+        Some(mut meter) => {
             let scope = meter.scope();
             let tokens = bench.run(Test::Generate { tokens: generated })?.samples_ts.len() * generated;
             meter.joules().map(|joules| (joules / tokens as f64, scope))
