@@ -13,6 +13,7 @@
 //!     format_version: DeviceProfile::VERSION,
 //!     name: "a phone".into(),
 //!     source: "made up".into(),
+//!     measured_on: None,
 //!     cores: vec![CoreKind { name: "performance".into(), count: 4, gmacs_f32: 10.0 }],
 //!     read_gbps: vec![8.0, 12.0, 16.0, 16.0],
 //!     handover_us: 5.0,

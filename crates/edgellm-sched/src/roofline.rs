@@ -176,6 +176,7 @@ mod tests {
             format_version: DeviceProfile::VERSION,
             name: "test".into(),
             source: "made up".into(),
+            measured_on: None,
             cores: vec![kind("performance", 2, 4.0), kind("efficiency", 1, 2.0)],
             read_gbps: vec![6.0, 10.0, 9.0],
             handover_us: 20.0,

@@ -58,3 +58,20 @@ fn wishes_that_mean_nothing_or_cannot_be_kept_are_refused() {
     profile(&b, "d.json", |value| value["decode"] = Value::Array(Vec::new()));
     assert!(b.fails(&format!("{RECOMMEND} --min-quality 0.5"), 1).contains("edgellm profile"));
 }
+
+#[test]
+fn a_profile_of_another_device_is_told() {
+    let b = measured();
+    let line = format!("{RECOMMEND} --min-quality 0.5 --verbose");
+    assert!(b.says(&line).contains("d.json: its figures were not measured by us (made up)"));
+    let measured_on = |device: &str| {
+        profile(&b, "d.json", |value| {
+            value["source"] = "measured by edgellm".into();
+            value["measured_on"] = device.into();
+        });
+    };
+    measured_on("a board far away");
+    assert!(b.says(&line).contains("measured on 'a board far away', and this is '"));
+    measured_on(&edgellm::sched::device_name());
+    assert!(!b.says(&line).contains("measured on"));
+}

@@ -64,6 +64,9 @@ pub struct DeviceProfile {
     pub name: String,
     /// Where the figures come from: `measured by edgellm` or a citation.
     pub source: String,
+    /// What the system calls the device that it was measured on; none where figures were published, or in older files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured_on: Option<String>,
     /// Cores by kind, fastest first.
     pub cores: Vec<CoreKind>,
     /// Read bandwidth of main memory with 1, 2, ... threads, in GB/s (1e9 bytes).
@@ -80,11 +83,59 @@ pub struct DeviceProfile {
     pub storage: Vec<StorageRate>,
 }
 
+impl DeviceProfile {
+    /// `source` of profiles that were measured.
+    pub const MEASURED: &str = "measured by edgellm";
+
+    /// Why times that are predicted with it may not be those of the device that is called `here`; `None` if it was measured
+    /// there, or if nobody can tell.
+    pub fn doubt(&self, here: &str) -> Option<String> {
+        match &self.measured_on {
+            Some(there) if there == here => None,
+            Some(there) => {
+                Some(format!("measured on '{there}', and this is '{here}': the times are those of '{there}'"))
+            }
+            None if self.source == Self::MEASURED => None,
+            None => Some(format!("its figures were not measured by us ({}): the times are estimates", self.source)),
+        }
+    }
+}
+
 impl Value for DeviceProfile {
     const KIND: &'static str = "device profile";
     const VERSION: u32 = 2;
 
     fn format_version(&self) -> u32 {
         self.format_version
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_profile_of_another_device_is_doubted() {
+        let profile = |source: &str, measured_on: Option<&str>| DeviceProfile {
+            format_version: DeviceProfile::VERSION,
+            name: "mine".into(),
+            source: source.into(),
+            measured_on: measured_on.map(str::to_owned),
+            cores: Vec::new(),
+            read_gbps: Vec::new(),
+            handover_us: 0.0,
+            usable_bytes: 0,
+            decode: Vec::new(),
+            storage: Vec::new(),
+        };
+        let doubt = |source: &str, on: Option<&str>| profile(source, on).doubt("phone");
+        assert_eq!(doubt(DeviceProfile::MEASURED, Some("phone")), None);
+        assert_eq!(doubt(DeviceProfile::MEASURED, None), None, "an older file");
+        assert!(
+            doubt(DeviceProfile::MEASURED, Some("laptop"))
+                .unwrap()
+                .contains("measured on 'laptop', and this is 'phone'")
+        );
+        assert!(doubt("a data sheet", None).unwrap().contains("not measured by us (a data sheet)"));
     }
 }

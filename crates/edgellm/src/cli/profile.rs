@@ -1,10 +1,10 @@
 //! `edgellm profile`: measures this device and writes its profile.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use edgellm::model::values::{DeviceProfile, write_value};
-use edgellm::sched::{ProfileRequest, measure_profile};
+use edgellm::model::values::{DeviceProfile, read_value, write_value};
+use edgellm::sched::{ProfileRequest, device_name, measure_profile};
 use serde_json::json;
 
 use super::output::{bytes, parse_size};
@@ -51,6 +51,15 @@ impl Profile {
         let json = json!({ "path": self.output, "profile": profile });
         ctx.result(json, || format!("{}wrote {}\n", describe(&profile), self.output.display()))
     }
+}
+
+/// Reads a profile; says so if it is of another device, or was not measured.
+pub(crate) fn read(ctx: &Context, path: &Path) -> anyhow::Result<DeviceProfile> {
+    let profile: DeviceProfile = read_value(path)?;
+    if let Some(doubt) = profile.doubt(&device_name()) {
+        ctx.say(&format!("{}: {doubt}", path.display()));
+    }
+    Ok(profile)
 }
 
 /// A profile in words.

@@ -5,14 +5,13 @@ use std::path::PathBuf;
 use clap::Args;
 use edgellm::eval::chart::{self, Lane, Span};
 use edgellm::model::files::ModelFiles;
-use edgellm::model::values::{DeviceProfile, read_value};
 use edgellm::sched::Roofline;
 use edgellm::schedule::{Schedule as Found, block_format, schedule};
 use edgellm::session::Memory;
 use serde_json::{Value, json};
 
 use super::output::bytes;
-use super::{Context, check_output_file};
+use super::{Context, check_output_file, profile};
 
 /// Show which blocks stay in memory, what is streamed when, and how long a token will take
 #[derive(Args)]
@@ -39,7 +38,7 @@ impl Schedule {
         if let Some(path) = &self.chart {
             check_output_file(path)?;
         }
-        let profile = read_value::<DeviceProfile>(&self.profile)?;
+        let profile = profile::read(ctx, &self.profile)?;
         let limit = ctx.max_memory.unwrap_or(profile.usable_bytes);
         let cost = Roofline::new(profile)?;
         let cost = match ctx.threads {

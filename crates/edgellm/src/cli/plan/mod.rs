@@ -12,14 +12,14 @@ use edgellm::luc::{
 };
 use edgellm::model::traits::PolicySolver;
 use edgellm::model::values::{
-    Budget, CompressionPolicy, DeviceProfile, LayerFormat, MatrixShape, Measurement, Pattern, read_value, write_value,
+    Budget, CompressionPolicy, LayerFormat, MatrixShape, Measurement, Pattern, read_value, write_value,
 };
 use edgellm::sched::Roofline;
 use serde_json::{Value, json};
 
 use super::failure::Usage;
 use super::output::{bytes, parse_size, table};
-use super::{Context, check_output_file};
+use super::{Context, check_output_file, profile};
 
 /// Choose a format for every unit of a measured model
 #[derive(Args)]
@@ -170,7 +170,7 @@ impl Plan {
     /// The cost model of `--profile`, for `--threads`.
     fn roofline(&self, ctx: &Context) -> anyhow::Result<Option<Roofline>> {
         let Some(path) = &self.profile else { return Ok(None) };
-        let roofline = Roofline::new(read_value::<DeviceProfile>(path)?)?;
+        let roofline = Roofline::new(profile::read(ctx, path)?)?;
         Ok(Some(match ctx.threads {
             Some(threads) => roofline.with_threads(usize::from(threads))?,
             None => roofline,

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::failure::Usage;
 use super::output::{bytes, table};
-use super::{Context, check_output_dir, check_output_file};
+use super::{Context, check_output_dir, check_output_file, profile};
 
 /// How often a recommendation is tried with `--apply` until it keeps the quality on the text.
 const ROUNDS: usize = 4;
@@ -53,7 +53,7 @@ pub(crate) struct Recommend {
 impl Recommend {
     pub(crate) fn run(&self, ctx: &Context) -> anyhow::Result<()> {
         self.check(ctx)?;
-        let profile: DeviceProfile = read_value(&self.device_profile)?;
+        let profile = profile::read(ctx, &self.device_profile)?;
         let files = ModelFiles::open(&ctx.store.resolve(&self.model)?)?;
         // What a process that runs the compressed model has before it loads it: the program, and a tokenizer that was read
         // from JSON.

@@ -96,12 +96,13 @@ impl<'a> Sweep<'a> {
         }
         self.put_records()?;
         let waiting = self.states.values().filter(|state| matches!(state, State::Waiting)).count();
+        let labels = labels(self.expanded);
         let mut progress = self.ctx.progress("sweep", waiting as u64, Counted::Items("stages"));
         loop {
             self.start_what_may()?;
             let Some(job) = self.jobs.last() else { break };
             let finished = (self.run + self.failures.len()) as u64;
-            progress.set_with(finished, shown(&self.expanded.stages[job.stage]));
+            progress.set_with(finished, labels[&job.stage].clone());
             let ended = self.ended.1.recv_timeout(PERIOD);
             self.watch();
             match ended {
@@ -319,6 +320,21 @@ impl<'a> Sweep<'a> {
             Argument::Own => own.map(text).unwrap_or_default(),
         }
     }
+}
+
+/// What a stage does for the first case that needs it, for progress.
+fn labels(expanded: &Expanded) -> BTreeMap<usize, String> {
+    let mut labels = BTreeMap::new();
+    for case in &expanded.cases {
+        let names: Vec<&str> = case.names.values().map(String::as_str).collect();
+        let mut open = vec![case.stage];
+        while let Some(index) = open.pop() {
+            let stage = &expanded.stages[index];
+            labels.entry(index).or_insert_with(|| format!("{} for {}", stage.kind.command(), names.join(" ")));
+            open.extend(stage.inputs());
+        }
+    }
+    labels
 }
 
 /// Whether others beside it would falsify what a stage measures.
