@@ -7,7 +7,7 @@
 //!     cargo run --release --example telemetry_cost -- MODEL [PAIRS] [TOKENS]
 
 use std::hint::black_box;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -78,23 +78,14 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Decodes; nanoseconds of this thread, or of the clock where the system does not tell.
+/// Decodes; nanoseconds of the clock, since what the system tells of a thread's time may be a tick old.
 fn decode(generator: &mut Generator<'_>, tokens: usize) -> Result<f64, Failure> {
     generator.clear();
     let mut sampler = Sampler::new(SamplingConfig { temperature: 0.0, ..SamplingConfig::default() })?;
-    let (before, start) = (thread_ns(), Instant::now());
+    let start = Instant::now();
     let found = generator.generate(&[1], tokens, &[], &mut sampler, |_| Ok(Flow::Continue))?;
     black_box(found);
-    Ok(match (before, thread_ns()) {
-        (Some(before), Some(after)) => (after - before) as f64,
-        _ => start.elapsed().as_nanos() as f64,
-    })
-}
-
-/// Nanoseconds that this thread has computed.
-fn thread_ns() -> Option<u64> {
-    let text = std::fs::read_to_string(Path::new("/proc/thread-self/schedstat")).ok()?;
-    text.split_whitespace().next()?.parse().ok()
+    Ok(start.elapsed().as_nanos() as f64)
 }
 
 /// The median, and the order statistics that enclose it with 95% confidence.

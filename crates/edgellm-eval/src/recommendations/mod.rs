@@ -94,12 +94,16 @@ fn policies(records: &[Record], names: &Names) -> Vec<String> {
         sorted.sort_by(|a, b| order(&a).total_cmp(&order(&b)));
         let (best, next) = (sorted[0], sorted[1]);
         let policy = |record: &Record| record.case["policy"].clone();
+        // The same budget is not the same size: policies leave what fits none of their formats.
+        let in_size = |record: &Record| size(record).map_or(String::new(), |bytes| format!(" in {:.1} MB", bytes / 1e6));
         let sentence = match better(best, next, figure) {
             Some((_, found, other)) => format!(
-                "take the policy {}: {} {found:.4}, against {other:.4} of {} ({:+.0}%).",
+                "take the policy {}: {} {found:.4}{}, against {other:.4} of {}{} ({:+.0}%).",
                 policy(best),
                 words(figure),
+                in_size(best),
                 policy(next),
+                in_size(next),
                 100.0 * (found / other - 1.0)
             ),
             None => format!("between the policies {} and {} no difference is certain.", policy(best), policy(next)),
