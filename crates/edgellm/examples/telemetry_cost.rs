@@ -5,6 +5,7 @@
 //! can be told apart this way: what one costs by itself is measured instead, and multiplied by how many there are.
 //!
 //!     cargo run --release --example telemetry_cost -- MODEL [PAIRS] [TOKENS]
+#![allow(clippy::print_stdout, reason = "it talks to a person")]
 
 use std::hint::black_box;
 use std::path::PathBuf;

@@ -95,7 +95,8 @@ fn policies(records: &[Record], names: &Names) -> Vec<String> {
         let (best, next) = (sorted[0], sorted[1]);
         let policy = |record: &Record| record.case["policy"].clone();
         // The same budget is not the same size: policies leave what fits none of their formats.
-        let in_size = |record: &Record| size(record).map_or(String::new(), |bytes| format!(" in {:.1} MB", bytes / 1e6));
+        let in_size =
+            |record: &Record| size(record).map_or(String::new(), |bytes| format!(" in {:.1} MB", bytes / 1e6));
         let sentence = match better(best, next, figure) {
             Some((_, found, other)) => format!(
                 "take the policy {}: {} {found:.4}{}, against {other:.4} of {}{} ({:+.0}%).",
