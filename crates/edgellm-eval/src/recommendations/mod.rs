@@ -239,7 +239,10 @@ pub(crate) mod tests {
     fn the_best_policy_of_a_budget_is_named_if_it_is_certain() {
         let at = |policy, kl| record(&[("policy", policy), ("budget", "3"), ("task", "text")], kl, 1e6);
         let said = recommendations(&[at("solve", 0.5), at("uniform", 0.8), at("paper", 0.7)], &[]);
-        assert!(said[0].starts_with("Take the policy solve") && said[0].contains("of paper (-29%)"), "{said:?}");
+        assert!(
+            said[0].starts_with("Take the policy solve") && said[0].contains("of paper in 1.0 MB (-29%)"),
+            "{said:?}"
+        );
         let said = recommendations(&[at("solve", 0.5), at("uniform", 0.5)], &[]);
         assert!(said[0].contains("no difference is certain"), "{said:?}");
     }
